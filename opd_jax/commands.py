@@ -1,0 +1,135 @@
+"""What each subcommand of ``opd`` does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from opd_jax.config import Config, config_file, load_config
+from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.lab.make import make
+from opd_jax.study.demo import demo
+from opd_jax.study.evaluation import Who, answers_file, evaluate_run
+from opd_jax.study.report import write_report
+from opd_jax.study.statistics import mean_interval
+from opd_jax.train.interrupt import Stop
+from opd_jax.train.loop import Report, distill, do_part, export_student, next_part
+from opd_jax.train.run import Run, open_run
+
+Overrides = Sequence[str]
+
+
+@contextlib.contextmanager
+def progress(run: Run, label: str) -> Iterator[Report]:
+    """A bar over a run's updates: loss, drift, gate and response tokens trained on per second."""
+    schedule = run.config.schedule
+    began, tokens = time.monotonic(), 0
+    with tqdm(
+        total=schedule.rounds * schedule.updates_per_round,
+        initial=int(run.state.update),
+        desc=label,
+        unit="update",
+    ) as bar:
+
+        def report(line: dict[str, Any]) -> None:
+            nonlocal tokens
+            tokens += line["tokens"]
+            bar.set_postfix_str(
+                f"loss {line['loss']:+.4f}, drift {line['drift_abs']:.4f}, "
+                f"gate {line['effective_token_ratio']:.3f}, "
+                f"{tokens / (time.monotonic() - began):,.0f} tokens/s"
+            )
+            bar.update()
+
+        yield report
+
+
+def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
+    """Evaluate a model of a run, with a bar, and print what came out."""
+    total = len(run.heldout) * run.config.evaluation.samples
+    right = 0
+    with tqdm(total=total, desc=f"{label}: evaluation", unit="answer") as bar:
+
+        def report(answer: Any) -> None:
+            nonlocal right
+            right += answer.correct
+            bar.update()
+            bar.set_postfix_str(f"right {right / bar.n:.3f}")
+
+        file = evaluate_run(run, who, report, stop)
+    records = read_answers(file)
+    for k in sorted({1, run.config.evaluation.samples}):
+        interval = mean_interval(list(by_problem(records, k).values()))
+        print(f"{label}: pass@{k} {interval.percent()} %, {len(run.heldout)} problems, {file}")
+
+
+def _settings(arguments: argparse.Namespace, overrides: Overrides) -> Config | None:
+    """The config that the command line asks for; None where it asks for none."""
+    saved = arguments.run / "config.yaml"
+    if arguments.config is None and not overrides:
+        return None
+    return load_config(arguments.config or (saved if saved.exists() else None), overrides)
+
+
+def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    config = load_config(arguments.config or config_file("lab.yaml"), overrides)
+
+    def judge_once(run: Run, who: Who, label: str) -> None:
+        if not answers_file(run, who).exists():
+            judge(run, who, label, stop)
+
+    def train(run: Run, label: str) -> None:
+        if next_part(run) != "done":
+            with progress(run, label) as report:
+                distill(run, report, stop)
+
+    print(f"report: {demo(arguments.run, config, train, judge_once)}")
+
+
+def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    run = open_run(arguments.run, _settings(arguments, overrides))
+    with progress(run, arguments.run.name) as report:
+        distill(run, report, stop)
+    print(f"student: {export_student(run)}")
+
+
+def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    run = open_run(arguments.run, _settings(arguments, overrides))
+    part = arguments.command
+    if part == "train":
+        with progress(run, arguments.run.name) as report:
+            do_part(run, part, report, stop)
+    else:
+        do_part(run, part, lambda line: None, stop)
+    done = {"sample": run.rollouts, "score": run.scored}.get(part)
+    what = f"round {done.rounds[-1]} in {done.path}" if done else f"update {int(run.state.update)}"
+    print(f"{part}: {what}; next: {next_part(run)}")
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    judge(open_run(arguments.run), arguments.of, arguments.of, stop)
+
+
+def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    print(f"report: {write_report(arguments.runs, arguments.out)}")
+
+
+def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    make(arguments.out, seed=arguments.seed)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {
+    "demo": _demo,
+    "distill": _distill,
+    "sample": _part,
+    "score": _part,
+    "train": _part,
+    "evaluate": _evaluate,
+    "report": _report,
+    "lab": _lab,
+}

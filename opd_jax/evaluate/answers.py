@@ -1,0 +1,89 @@
+"""Answers of a model to problems, graded and written down one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from opd_jax.evaluate.pass_at_k import pass_at_k
+from opd_jax.files import write_text
+from opd_jax.rollout.jax_engine import Request, Sampler, sample
+from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
+from opd_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One graded response."""
+
+    problem: str
+    sample: int
+    correct: bool
+    truncated: bool
+    tokens: int
+    response: str
+
+
+def answers(
+    sampler: Sampler,
+    params: Params,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    root: jax.Array,
+    *,
+    samples: int,
+    slots: int,
+    max_prompt: int,
+) -> Iterator[Answer]:
+    """Draw ``samples`` responses to every problem and grade them.
+
+    Keys come from (root, problem, sample), so two models are compared on the same draws.
+
+    Args:
+      sampler: from `opd_jax.rollout.make_sampler`, for the same ``slots`` and ``max_prompt``.
+      params: of the model judged.
+      tokenizer: its tokenizer.
+      problems: what is asked.
+      root: key of the evaluation stream.
+      samples: n, per problem.
+      slots, max_prompt: of the sampler.
+    """
+    draws = [(problem, number) for problem in problems for number in range(samples)]
+    prompts = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems}
+    requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
+    drawn = sample(sampler, params, requests, root, slots=slots, max_prompt=max_prompt)
+    for (problem, number), generated in zip(draws, drawn, strict=True):
+        text = decode_response(tokenizer, generated.ids)
+        yield Answer(
+            problem=problem.id,
+            sample=number,
+            correct=grade(text, problem.answer),
+            truncated=generated.truncated,
+            tokens=len(generated.ids),
+            response=text,
+        )
+
+
+def write_answers(path: Path, records: Sequence[Answer]) -> None:
+    """Write answers as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in records))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read what `write_answers` wrote."""
+    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def by_problem(records: Sequence[Answer], k: int) -> dict[str, float]:
+    """pass@k of every problem, by its id."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        groups[record.problem].append(record.correct)
+    return {problem: pass_at_k(len(g), sum(g), k) for problem, g in groups.items()}

@@ -1,0 +1,94 @@
+"""The paper on one page: drift-gated on-policy distillation (arXiv 2606.24084).
+
+A student's rollouts are trained on several times; by then the student has drifted from the policy
+that sampled them. The drift is measured on the sampled tokens, averaged over segments, and turned
+into detached weights of mean one on the loss. Symbols and their order are the paper's; every array
+is ``[B, T]``, every log-probability a float32 nat at the sampling temperature.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from opd_jax.method.gates import EPS, Scope, drift, drift_gate
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Objective:
+    """The value to differentiate, and what went into it."""
+
+    loss: Array  # scalar: sum(m w base) / sum(m)
+    drift: Array  # [B, T]: d, detached; 0 off the mask
+    weights: Array  # [B, T]: w, detached; 0 off the mask
+
+
+def objective(
+    cur: Array,
+    old: Array,
+    mask: Array,
+    base: Array,
+    segments: Array | None,
+    *,
+    tau: float = 1.0,
+    statistic: str = "signed_mean",
+    scope: Scope = "minibatch",
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+) -> Objective:
+    """Gate a base loss by drift and average it over the response tokens.
+
+    Args:
+      cur: log pi_theta(y_t), the sampled token under the parameters being trained.
+      old: log pi_old(y_t), the same under the behaviour policy.
+      mask: m, nonzero on response tokens.
+      base: an unreduced loss from `opd_jax.method.losses`.
+      segments: ids from `opd_jax.method.segments`; None for no gate.
+      tau, statistic, scope: of the gate, see `drift_gate`.
+      sequence_ids: of packed rows, for ``scope="sequence"``.
+      axis_name: mapped axis to sum over under shard_map or pmap.
+
+    >>> cur, old = jnp.log(jnp.array([[2., 1.]])), jnp.zeros((1, 2))
+    >>> objective(cur, old, jnp.ones((1, 2)), jnp.array([[3., 6.]]), jnp.array([[0, 1]])).loss
+    Array(5., dtype=float32)
+    """
+    m = mask.astype(bool)
+
+    # d = cur - old: how far the policy has moved on the token it sampled.
+    d = jax.lax.stop_gradient(drift(cur, old, m))
+
+    # s = mean_segment d,  g = exp(-tau |s|),  w = sg(g / gbar): far segments count less, mean one.
+    w = (
+        m.astype(jnp.float32)
+        if segments is None
+        else drift_gate(
+            cur,
+            old,
+            m,
+            segments,
+            tau=tau,
+            statistic=statistic,
+            scope=scope,
+            sequence_ids=sequence_ids,
+            axis_name=axis_name,
+        )
+    )
+
+    # L = sum(m w base) / sum(m): the only division by a token count, over the whole batch.
+    return Objective(loss=token_mean(w * jnp.where(m, base, 0.0), m, axis_name), drift=d, weights=w)
+
+
+def token_mean(values: Array, mask: Array, axis_name: str | None = None) -> Array:
+    """``sum(m * values) / (sum(m) + eps)`` over the whole batch, all devices of ``axis_name`` included.
+
+    >>> token_mean(jnp.array([[1., 3., 99.]]), jnp.array([[1, 1, 0]]))
+    Array(2., dtype=float32)
+    """
+    m = mask.astype(bool)
+    total, count = jnp.sum(jnp.where(m, values, 0.0)), jnp.sum(m)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / (count + EPS)

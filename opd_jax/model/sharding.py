@@ -1,0 +1,106 @@
+"""Where arrays live on the mesh: one table of rules from logical axes to mesh axes.
+
+The train step is plain ``jax.jit`` with NamedShardings. Parameters and inputs are placed by these
+rules, a handful of `constrain` calls pin the activations, and the compiler does the rest. Without a
+mesh in context, or inside shard_map and pmap, `constrain` does nothing, so that one model serves all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import traverse_util
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opd_jax.errors import InputError
+from opd_jax.model.config import Qwen3Config
+from opd_jax.model.parameters import parameter_table
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the mesh axes that rows are split over
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    # activations
+    "batch": BATCH,
+    "length": None,
+    "width": None,
+    "support": None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of ``data x fsdp x tensor`` devices.
+
+    Raises:
+      InputError: there are fewer devices than the mesh asks for.
+    """
+    shape = (data, fsdp, tensor)
+    wanted, present = math.prod(shape), jax.device_count()
+    if wanted > present:
+        raise InputError(
+            f"a mesh cannot be larger than the devices at hand: mesh {data} x {fsdp} x {tensor} "
+            f"needs {wanted}, there are {present}; lower mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    return jax.make_mesh(
+        shape,
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=jax.devices()[:wanted],
+    )
+
+
+def partition(*axes: str) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names."""
+    placed = [RULES[axis] for axis in axes]
+    used = [name for place in placed for name in ((place,) if isinstance(place, str) else place or ())]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two axes of one array fall on one mesh axis: {axes} -> {placed}")
+    return PartitionSpec(*placed)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pin ``x`` to the rules of its logical axes under the mesh in context; else leave it alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(*axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of ``[B, ...]`` arrays: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(config: Qwen3Config, mesh: Mesh) -> dict:
+    """NamedSharding of every parameter, as a nested dict like the parameters themselves.
+
+    Raises:
+      InputError: a dimension is not divisible by the mesh axes that it falls on.
+    """
+    flat = {}
+    for path, parameter in parameter_table(config).items():
+        spec = partition(*parameter.axes)
+        for size, axis, place in zip(parameter.shape, parameter.axes, spec, strict=True):
+            names = (place,) if isinstance(place, str) else place or ()
+            ways = math.prod(mesh.shape[name] for name in names)
+            if size % ways:
+                raise InputError(
+                    f"a dimension must divide by the mesh axes it is split over: {'.'.join(path)} "
+                    f"has {axis} = {size}, mesh {'x'.join(names)} = {ways}; use a divisor of {size}"
+                )
+        flat[path] = NamedSharding(mesh, spec)
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,101 @@
+"""The vocabulary head: hidden states in, log-probabilities of the ids that matter out.
+
+Positions pass through the head in chunks that are recomputed in the backward pass, so that no
+``[B, T, V]`` array ever exists. Logits are accumulated in float32 whatever the compute dtype, since a
+bf16 log-sum-exp over a large vocabulary is off by hundredths of a nat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.model.config import Qwen3Config
+from opd_jax.model.forward import hidden_states, logits
+from opd_jax.types import Params, Readout, Rows
+
+
+def _over_positions(function: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
+    """Apply ``function`` to ``[B, chunk, ...]`` pieces and join its results along T."""
+    function = jax.checkpoint(function)
+    length = arrays[0].shape[1]
+    if length <= chunk:
+        return function(*arrays)
+    count = -(-length // chunk)
+    padding = count * chunk - length
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], count * chunk, *x.shape[3:])[:, :length]
+
+    pieces = jax.lax.map(lambda piece: function(*piece), tuple(split(x) for x in arrays))
+    return jax.tree.map(join, pieces)
+
+
+def readout(
+    params: Params, rows: Rows, ids: jax.Array, config: Qwen3Config, *, temperature: float = 1.0
+) -> Readout:
+    """What a model says of given ids at every position of given rows.
+
+    This one function serves the behaviour policy's `old` log-probs, the teacher's score and the gated
+    step, so that two calls with the same weights and rows agree to the bit.
+
+    Args:
+      params: parameters.
+      rows: the token rows, ``[B, T]``.
+      ids: ``[B, T, K]`` int32, the tokens asked about.
+      config: dimensions.
+      temperature: logits are divided by it.
+
+    Returns:
+      `Readout`: logits of the ids, log-sum-exp and entropy, float32 nats.
+    """
+    hidden = hidden_states(
+        params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
+    )
+
+    def read(hidden: jax.Array, ids: jax.Array) -> Readout:
+        z = logits(hidden, params, config) / temperature
+        logsumexp = jax.nn.logsumexp(z, axis=-1)
+        # H = lse - sum p z; the entropy is a diagnostic, and no gradient is spent on it.
+        p = jax.nn.softmax(jax.lax.stop_gradient(z), axis=-1)
+        entropy = jax.lax.stop_gradient(logsumexp) - jnp.sum(p * jax.lax.stop_gradient(z), axis=-1)
+        return Readout(jnp.take_along_axis(z, ids, axis=-1), logsumexp, entropy)
+
+    return _over_positions(read, (hidden, ids), config.head_chunk)
+
+
+def token_logprobs(params: Params, rows: Rows, config: Qwen3Config, *, temperature: float = 1.0) -> jax.Array:
+    """Log-probability ``[B, T]`` of each row's own targets, float32 nats at ``temperature``."""
+    return readout(params, rows, rows.targets[..., None], config, temperature=temperature).logprobs[..., 0]
+
+
+def top_k_logprobs(
+    params: Params, rows: Rows, k: int, config: Qwen3Config, *, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The ``k`` most likely ids at every position, beside the target, in one forward pass.
+
+    Returns:
+      Log-probability ``[B, T]`` of the targets; the best ids ``[B, T, K]`` int32, best first; and
+      their log-probabilities ``[B, T, K]``. All are of the whole distribution, float32 nats, so what
+      the K leave out is the mass outside.
+    """
+    hidden = hidden_states(
+        params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
+    )
+
+    def read(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        z = logits(hidden, params, config) / temperature
+        logprobs = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        best, ids = jax.lax.top_k(logprobs, k)
+        sampled = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+        return sampled, ids.astype(jnp.int32), best
+
+    return _over_positions(read, (hidden, rows.targets), config.head_chunk)

@@ -1,0 +1,71 @@
+"""Judging the models of a run on its held-out problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+from opd_jax.evaluate import Answer, answers, write_answers
+from opd_jax.keys import stream
+from opd_jax.rollout import make_sampler
+from opd_jax.train.interrupt import Interrupted, Stop
+from opd_jax.train.run import Run
+
+Who = Literal["student", "base", "teacher"]
+
+
+def answers_file(run: Run, who: Who) -> Path:
+    """Where a model's answers lie: ``evaluation/base.jsonl``, ``teacher.jsonl``, ``update-00160.jsonl``."""
+    name = f"update-{int(run.state.update):05d}" if who == "student" else who
+    return run.folder / "evaluation" / f"{name}.jsonl"
+
+
+def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Stop) -> Path:
+    """Answer the held-out problems with one of a run's models, and keep every graded answer.
+
+    The draws depend on ``evaluation.seed`` and the problem alone, so all models, arms and seeds are
+    compared on the same ones.
+
+    Args:
+      run: the run.
+      who: the ``student`` as it is now, the ``base`` it began as, or the ``teacher``.
+      report: called with every answer.
+      stop: asked between answers.
+
+    Returns:
+      The file that holds the answers.
+    """
+    file = answers_file(run, who)
+    model, params = run.teacher if who == "teacher" else run.base
+    if who == "student":
+        params = run.state.params
+    sampling, evaluation = run.config.sampling, run.config.evaluation
+    sampler = make_sampler(
+        model,
+        slots=sampling.slots,
+        max_prompt=sampling.max_prompt,
+        max_response=sampling.max_response,
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        usable=len(run.tokenizer),
+    )
+    records = []
+    with jax.set_mesh(run.mesh):
+        for answer in answers(
+            sampler,
+            params,
+            run.tokenizer,
+            run.heldout,
+            stream(evaluation.seed, "evaluate"),
+            samples=evaluation.samples,
+            slots=sampling.slots,
+            max_prompt=sampling.max_prompt,
+        ):
+            if stop():
+                raise Interrupted
+            records.append(answer)
+            report(answer)
+    write_answers(file, records)
+    return file

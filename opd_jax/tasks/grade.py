@@ -1,0 +1,46 @@
+"""Whether an answer is right."""
+
+from __future__ import annotations
+
+import re
+
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last closed ``\boxed{...}`` in ``text``, braces balanced; None without one.
+
+    >>> boxed(r"so \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    return None
+
+
+def grade(response: str, gold: str) -> bool:
+    r"""True if the last boxed answer of ``response`` equals ``gold``.
+
+    Integers are compared as integers of any length, anything else as text without spaces; nothing is
+    evaluated. A response without a closed box is wrong.
+
+    >>> grade(r"\boxed{+07}", "7"), grade(r"\boxed{7} or \boxed{8}", "7"), grade("7", "7")
+    (True, False, False)
+    """
+    answer = boxed(response)
+    if answer is None:
+        return False
+    answer, gold = "".join(answer.split()), "".join(gold.split())
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
+        return _canonical(answer) == _canonical(gold)
+    return answer == gold
+
+
+def _canonical(integer: str) -> str:
+    """Sign and digits without leading zeros (no int(): it is quadratic and limited in length)."""
+    digits = integer.lstrip("+-").lstrip("0") or "0"
+    return "-" + digits if integer[0] == "-" and digits != "0" else digits

@@ -1,0 +1,74 @@
+"""Saving and restoring the whole training state, through orbax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from opd_jax.errors import InputError
+from opd_jax.train.step import TrainState
+
+KEEP = 2  # checkpoints; a save that is cut short leaves the one before it whole
+
+
+class Checkpoints:
+    """Checkpoints of one run, named by the number of updates done."""
+
+    def __init__(self, folder: Path) -> None:
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Updates done at the newest committed checkpoint; None without one."""
+        newest = self._checkpointer.latest
+        return None if newest is None else int(newest.step)
+
+    def save(self, state: TrainState) -> None:
+        """Commit a state to disk; returns when it is there. A step saved before is left alone."""
+        update = int(state.update)
+        if update != self.latest:
+            self._checkpointer.save(update, vars(state))
+
+    def restore(self, like: Any) -> TrainState:
+        """The newest state.
+
+        Args:
+          like: a `TrainState` of ``jax.ShapeDtypeStruct`` with shardings: what must come back.
+
+        Raises:
+          InputError: what is stored is not such a state.
+        """
+        try:
+            restored = TrainState(**self._checkpointer.load(self.latest, vars(like)))
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"a checkpoint must be of this run's student and optimizer: update {self.latest} is "
+                f"not ({str(error).splitlines()[0]}); use the run folder it was made in"
+            ) from None
+        # Orbax casts silently when dtypes differ.
+        for want, got in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
+            if (want.shape, want.dtype) != (got.shape, got.dtype):
+                raise InputError(
+                    f"a checkpoint must be of this run's student: an array is {got.shape} {got.dtype}, "
+                    f"not {want.shape} {want.dtype}; use the run folder it was made in"
+                )
+        return restored
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def abstract(state: TrainState, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state, as `Checkpoints.restore` wants them."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda: state),
+        shardings,
+    )

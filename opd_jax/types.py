@@ -1,0 +1,71 @@
+"""The alphabet of dimensions, and the records that cross folders.
+
+Shapes everywhere are written in these letters:
+
+    B rows            T positions      S cache slots     V vocabulary     K support
+    L layers          D width          F MLP width       H head width     G segments
+    N query heads     M key-value heads
+
+Position t of every ``[B, T]`` array speaks of the token *predicted* at t: inputs and targets are
+shifted against each other once, where rows are built (`opd_jax.rollout.rows`), and never again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+TokenIds = Sequence[int] | np.ndarray  # of one sequence
+Params = dict[str, Any]  # nested dict of arrays; layers are stored stacked, [L, ...]
+
+
+@struct.dataclass
+class Rows:
+    """Token rows as the model reads them: prompt and response, padded on the right.
+
+    The mask comes from lengths, never from token ids, because EOS may equal PAD and a PAD can be
+    sampled. ``sequence_ids`` separates sequences that share a row; attention, segments and
+    statistics never cross it.
+    """
+
+    tokens: Any  # [B, T] int32: the input token at t
+    targets: Any  # [B, T] int32: the token predicted at t
+    mask: Any  # [B, T] bool: true where the target is a response token
+    sequence_ids: Any  # [B, T] int32: 1, 2, ... within a row; 0 is padding
+    positions: Any  # [B, T] int32: position within the sequence, from 0
+
+
+@struct.dataclass
+class Signal:
+    """What scoring attached to each predicted token, in nats at the sampling temperature."""
+
+    old: Any  # [B, T] float32: log pi_old(y_t), by the trainer's own computation
+    teacher: Any  # [B, T] float32: log p_teacher(y_t)
+    support_ids: Any  # [B, T, K] int32: the teacher's K most likely tokens, best first
+    support_logprobs: Any  # [B, T, K] float32: their raw log-probabilities under the teacher
+
+
+@struct.dataclass
+class Batch:
+    """One minibatch of the gated step."""
+
+    rows: Rows
+    signal: Signal
+
+
+@struct.dataclass
+class Readout:
+    """What the vocabulary head says at each position; float32, at the sampling temperature."""
+
+    logits: jax.Array  # [B, T, K]: temperature-scaled logits of the ids asked for
+    logsumexp: jax.Array  # [B, T]: over the whole vocabulary, so logprob = logits - logsumexp
+    entropy: jax.Array  # [B, T]: of the whole distribution, nats
+
+    @property
+    def logprobs(self) -> jax.Array:
+        """Log-probabilities of the ids asked for, [B, T, K]."""
+        return self.logits - self.logsumexp[..., None]
