@@ -57,8 +57,10 @@ def fixed_blocks(mask: Array, size: int, *, sequence_ids: Array | None = None) -
     first = _first_response(mask, sequence_ids)
     position = jnp.arange(mask.shape[1])
     start = jax.lax.cummax(jnp.where(first, position, -1), axis=1)
-    opens = first | ((start >= 0) & ((position - start) % size == 0))
-    return _number(opens, mask)
+    within = start >= 0
+    if sequence_ids is not None:  # the next sequence's prompt is no part of this response
+        within &= jnp.take_along_axis(sequence_ids, jnp.maximum(start, 0), axis=1) == sequence_ids
+    return _number(within & ((position - start) % size == 0), mask)
 
 
 def newline_spans(

@@ -22,6 +22,8 @@ from opd_jax.errors import InputError
 from opd_jax.files import replacing, sha256, write_text
 
 SCHEMA_VERSION = 1
+# A dot file, so that tools which read the whole folder as parquet pass it by.
+MANIFEST = ".manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class RolloutStore:
                 )
 
     def _manifest(self) -> dict[str, Any]:
-        file = self.path / "manifest.json"
+        file = self.path / MANIFEST
         if not file.exists():
             return {"schema": SCHEMA_VERSION, "about": self.about, "shards": []}
         try:
@@ -155,7 +157,7 @@ class RolloutStore:
                 **about,
             }
         )
-        write_text(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         self._open = []
         return file
 

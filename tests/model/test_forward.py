@@ -1,0 +1,155 @@
+"""The forward pass: against loops, against itself over a cache, and what attention may not see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.model import forward, parameter_count, parameter_table, preset
+from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
+from opd_jax.model.hf import _to_hf
+from opd_jax.model.parameters import init_params
+
+
+def numpy_qwen3(params, tokens, config):
+    """Qwen3 for one sequence in float64 loops, from Hugging Face's weight layout."""
+    w = {}
+    for path, p in parameter_table(config).items():
+        value = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
+        value = np.asarray(value, np.float64)
+        for layer, part in enumerate(value if p.stacked else value[None]):
+            w[p.name.format(layer=layer)] = _to_hf(part, p.inputs)
+
+    def rms(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
+
+    def rope(x, position):
+        half = len(x) // 2
+        angle = position / config.rope_theta ** (np.arange(half) / half)
+        a, b = x[:half], x[half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+
+    heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}."
+        h = rms(x, w[at + "input_layernorm.weight"])
+        q, k, v = (
+            (h @ w[f"{at}self_attn.{name}_proj.weight"].T).reshape(len(tokens), -1, size) for name in "qkv"
+        )
+        q, k = rms(q, w[at + "self_attn.q_norm.weight"]), rms(k, w[at + "self_attn.k_norm.weight"])
+        out = np.zeros((len(tokens), heads, size))
+        for n in range(heads):
+            m = n // (heads // kv)
+            for t in range(len(tokens)):
+                score = np.array([rope(q[t, n], t) @ rope(k[s, m], s) / np.sqrt(size) for s in range(t + 1)])
+                p = np.exp(score - score.max())
+                out[t, n] = (p / p.sum()) @ v[: t + 1, m]
+        x = x + out.reshape(len(tokens), -1) @ w[at + "self_attn.o_proj.weight"].T
+        h = rms(x, w[at + "post_attention_layernorm.weight"])
+        gate = h @ w[at + "mlp.gate_proj.weight"].T
+        gated = gate / (1 + np.exp(-gate)) * (h @ w[at + "mlp.up_proj.weight"].T)
+        x = x + gated @ w[at + "mlp.down_proj.weight"].T
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return rms(x, w["model.norm.weight"]) @ head.T
+
+
+def test_forward_is_qwen3(small):
+    config, params = small
+    # Norm scales of one would hide a norm applied to the wrong thing.
+    params = jax.tree.map(lambda x: x * jnp.linspace(0.7, 1.3, x.size).reshape(x.shape), params)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=11)
+    for tied in (False, True):
+        config = dataclasses.replace(config, tie_word_embeddings=tied)
+        own = {k: v for k, v in params.items() if not (tied and k == "head")}
+        got = forward(own, jnp.array(tokens)[None], config)[0]
+        np.testing.assert_allclose(got, numpy_qwen3(own, tokens, config), rtol=1e-4, atol=1e-4)
+
+
+def test_rope_theta_is_read(small):
+    config, params = small
+    tokens = jnp.arange(12)[None]
+    other = dataclasses.replace(config, rope_theta=1e6)
+    assert float(jnp.abs(forward(params, tokens, config) - forward(params, tokens, other)).max()) > 1e-2
+
+
+def test_a_cache_gives_the_same_as_the_whole_row(small):
+    config, params = small
+    rng = np.random.default_rng(1)
+    tokens = jnp.array(rng.integers(config.vocab_size, size=(3, 9)))
+    whole = forward(params, tokens, config)
+    # Prompts of 2, 4 and 5 tokens; what lies behind them in the prefill is garbage to be overwritten.
+    lengths = jnp.array([2, 4, 5])
+    garbage = jnp.array(rng.integers(config.vocab_size, size=(3, 5)))
+    prompt = jnp.where(jnp.arange(5) < lengths[:, None], tokens[:, :5], garbage)
+    cache = empty_cache(config, 3, 12)
+    hidden, cache = decode(params, prompt, jnp.broadcast_to(jnp.arange(5), (3, 5)), cache, config)
+    last = hidden[jnp.arange(3), lengths - 1]
+    want = whole[jnp.arange(3), lengths - 1]
+    np.testing.assert_allclose(logits(last, params, config), want, atol=2e-5)
+    for step in range(4):
+        position = lengths + step
+        token = tokens[jnp.arange(3), position]
+        hidden, cache = decode(params, token[:, None], position[:, None], cache, config)
+        want = whole[jnp.arange(3), position]
+        np.testing.assert_allclose(logits(hidden[:, 0], params, config), want, atol=2e-5)
+
+
+def test_sequences_in_one_row_do_not_see_each_other(small):
+    config, params = small
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(config.vocab_size, size=5), rng.integers(config.vocab_size, size=7)
+    packed = hidden_states(
+        params,
+        jnp.array([[*first, *second, 0, 0]]),
+        config,
+        positions=jnp.array([[*range(5), *range(7), 0, 0]]),
+        sequence_ids=jnp.array([[1] * 5 + [2] * 7 + [0] * 2]),
+    )
+    for alone, part in ((first, packed[0, :5]), (second, packed[0, 5:12])):
+        want = hidden_states(params, jnp.array(alone)[None], config)[0]
+        np.testing.assert_allclose(part, want, atol=2e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_the_future_changes_nothing(small):
+    config, params = small
+    tokens = jnp.array(np.random.default_rng(3).integers(config.vocab_size, size=(1, 8)))
+    changed = tokens.at[0, 5:].set(1)
+    np.testing.assert_array_equal(
+        forward(params, tokens, config)[:, :5], forward(params, changed, config)[:, :5]
+    )
+
+
+def test_published_sizes_without_allocating():
+    published = {
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-1.7b": 1_720_574_976,
+        "qwen3-4b": 4_022_468_096,
+        "qwen3-8b": 8_190_735_360,
+        "qwen3-14b": 14_768_307_200,
+        "qwen3-32b": 32_762_123_264,
+    }
+    assert {name: parameter_count(preset(name)) for name in published} == published
+
+
+def test_bfloat16_computes_in_bfloat16_but_speaks_float32(small):
+    config, params = small
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+    tokens = jnp.arange(10)[None]
+    assert hidden_states(params, tokens, config).dtype == jnp.bfloat16
+    out = forward(params, tokens, config)
+    assert out.dtype == jnp.float32
+    full = forward(params, tokens, dataclasses.replace(config, compute_dtype="float32"))
+    assert 0 < float(jnp.abs(out - full).max()) < 0.2
+
+
+def test_init_has_the_scales_of_the_table(small):
+    config, _ = small
+    params = init_params(dataclasses.replace(config, hidden_size=256), jax.random.key(1))
+    assert abs(float(jnp.std(params["embed"])) - 1) < 0.02
+    assert abs(float(jnp.std(params["layers"]["up"])) - 1 / 16) < 0.002
+    assert (np.asarray(params["norm"]) == 1).all()
