@@ -8,17 +8,17 @@ is ``[B, T]``, every log-probability a float32 nat at the sampling temperature.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from opd_jax.method.gates import EPS, Scope, drift, drift_gate
 
 Array = jax.Array
 
 
-@struct.dataclass
-class Objective:
+class Objective(NamedTuple):
     """The value to differentiate, and what went into it."""
 
     loss: Array  # scalar: sum(m w base) / sum(m)

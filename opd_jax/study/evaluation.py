@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+
 from opd_jax.evaluate import Answer, answers, write_answers
 from opd_jax.keys import stream
 from opd_jax.rollout import make_sampler

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
 from opd_jax.study.summary import Numbers, Summary
 
 # Arms keep one colour on the whole page; chosen to be told apart by most colour-blind readers.

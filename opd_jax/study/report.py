@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
 from opd_jax.config import load_config
 from opd_jax.files import write_text
 from opd_jax.study import plots

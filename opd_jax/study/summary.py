@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from opd_jax.config import Config, flatten, load_config
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, by_problem, read_answers

@@ -23,6 +23,8 @@ def test_nonsense_is_refused():
 
 
 def test_by_problem_groups_samples():
-    records = [Answer(p, s, c, False, 1, "") for p, s, c in (("a", 0, True), ("b", 0, False), ("a", 1, False))]
+    records = [
+        Answer(p, s, c, False, 1, "") for p, s, c in (("a", 0, True), ("b", 0, False), ("a", 1, False))
+    ]
     assert by_problem(records[:1] + records[2:], 1) == {"a": 0.5}
     assert by_problem(records, 1) == {"a": 0.5, "b": 0.0}

@@ -18,7 +18,9 @@ fast = settings(max_examples=40, deadline=None)
 
 
 @fast
-@given(nats, nats, masks, st.sampled_from(sorted(STATISTICS)), st.sampled_from(["none", "sequence", "minibatch"]))
+@given(
+    nats, nats, masks, st.sampled_from(sorted(STATISTICS)), st.sampled_from(["none", "sequence", "minibatch"])
+)
 def test_weights_are_the_printed_formula(cur, old, mask, statistic, scope):
     segments = fixed_blocks(jnp.array(mask), 5)
     got = drift_gate(cur, old, jnp.array(mask), segments, tau=0.7, statistic=statistic, scope=scope)
@@ -112,7 +114,9 @@ def test_no_gradient_flows_through_any_gate():
     segments = fixed_blocks(mask, 4)
     cur = jnp.array(np.random.default_rng(3).normal(size=SHAPE))
     for function in (gate, drift_gate):
-        gradient = jax.grad(lambda cur, f=function: jnp.sum(f(cur, old, mask, segments) * jnp.arange(12)))(cur)
+        gradient = jax.grad(lambda cur, f=function: jnp.sum(f(cur, old, mask, segments) * jnp.arange(12)))(
+            cur
+        )
         assert (np.asarray(gradient) == 0).all()
 
 

@@ -67,9 +67,7 @@ def test_diagnostics_are_sums_and_counts(arrays):
     cur, old, tea, mask = arrays
     segments = fixed_blocks(jnp.array(mask), 4)
     result = objective(cur, old, jnp.array(mask), jnp.zeros(SHAPE), segments)
-    sums = drift_diagnostics(
-        cur, old, tea, result.drift, result.weights, jnp.array(mask), clip=(0.2, 0.2)
-    )
+    sums = drift_diagnostics(cur, old, tea, result.drift, result.weights, jnp.array(mask), clip=(0.2, 0.2))
     d = (cur - old)[mask].astype(np.float64)
     rho = np.exp(d)
     want = {

@@ -39,7 +39,7 @@ def test_import_of_export_is_the_same_to_the_bit(folder, small):
 
 
 def test_names_and_layout_are_hugging_faces(folder, small):
-    config, params = small
+    _, params = small
     tensors = load_file(folder / "model.safetensors")
     assert tensors["model.layers.1.self_attn.k_proj.weight"].shape == (20, 24)  # [M * H, D]
     assert tensors["model.layers.2.self_attn.o_proj.weight"].shape == (24, 40)  # [D, N * H]

@@ -27,7 +27,13 @@ def requests(tokenizer, count, samples=2):
 def draw(model, wanted, *, temperature=1.0, top_p=1.0, max_response=R, seed=0):
     config, params = model
     sampler = make_sampler(
-        config, slots=SLOTS, max_prompt=P, max_response=max_response, temperature=temperature, top_p=top_p, usable=43
+        config,
+        slots=SLOTS,
+        max_prompt=P,
+        max_response=max_response,
+        temperature=temperature,
+        top_p=top_p,
+        usable=43,
     )
     return list(sample(sampler, params, wanted, stream(seed, "sample"), slots=SLOTS, max_prompt=P))
 

@@ -56,6 +56,4 @@ def test_vocabulary_padding_is_never_drawn_but_keeps_its_mass():
     for temperature in (0.0, 1.0):
         tokens, logprobs = draw(logits, 500, temperature=temperature, top_p=0.9, usable=2)
         assert (np.asarray(tokens) < 2).all()
-        np.testing.assert_allclose(
-            logprobs, np.log([0.1, 0.2])[np.asarray(tokens)], rtol=1e-5
-        )
+        np.testing.assert_allclose(logprobs, np.log([0.1, 0.2])[np.asarray(tokens)], rtol=1e-5)

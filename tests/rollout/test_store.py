@@ -131,9 +131,7 @@ def test_a_response_of_length_zero_is_refused_going_in_and_coming_out(tmp_path):
     table = pq.read_table(file)
     empty = table.column("response_ids").to_pylist()
     empty[2] = []
-    table = table.set_column(4, "response_ids", [empty]).set_column(
-        5, "behaviour_logprobs", [empty]
-    )
+    table = table.set_column(4, "response_ids", [empty]).set_column(5, "behaviour_logprobs", [empty])
     pq.write_table(table, file)
     manifest = json.loads((tmp_path / ".manifest.json").read_text())
     from opd_jax.files import sha256

@@ -1,0 +1,23 @@
+"""One uninterrupted tiny run, shared by the tests that compare with it."""
+
+import pytest
+
+from opd_jax.train.loop import distill
+from opd_jax.train.run import Run, open_run
+from tests.conftest import tiny_config
+
+
+def ignore(line: dict) -> None:
+    """Receive metrics and do nothing."""
+
+
+def never() -> bool:
+    """Never stop."""
+    return False
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Run:
+    run = open_run(tmp_path_factory.mktemp("runs") / "whole", tiny_config())
+    distill(run, ignore, never)
+    return run

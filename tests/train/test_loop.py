@@ -1,0 +1,185 @@
+"""The loop: what the first update sees, and that parts, interruptions and arms agree to the bit."""
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from opd_jax.errors import InputError
+from opd_jax.model import load_pretrained
+from opd_jax.train.collect import draws_of_round, minibatch_plan
+from opd_jax.train.interrupt import Interrupted
+from opd_jax.train.loop import distill, do_part, export_student, next_part
+from opd_jax.train.metrics import read_lines
+from opd_jax.train.run import open_run
+from tests.conftest import tiny_config
+from tests.train.conftest import ignore, never
+
+
+def same_bits(a, b):
+    """Assert that two runs did exactly the same, wall-clock times aside."""
+    assert (a.folder / "metrics.jsonl").read_bytes() == (b.folder / "metrics.jsonl").read_bytes()
+    for store in ("rollouts", "scored"):
+        for shard in sorted((a.folder / store).glob("*.parquet")):
+            assert pq.read_table(shard).equals(pq.read_table(b.folder / store / shard.name))
+    for x, y in zip(jax.tree.leaves(a.state), jax.tree.leaves(b.state), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_first_update_of_a_round_sees_no_drift_and_later_ones_do(finished):
+    lines = read_lines(finished.metrics_file)
+    assert [line["update"] for line in lines] == list(range(8))
+    for line in lines:
+        if line["pass"] == line["minibatch"] == 0:
+            assert line["drift_max"] == 0.0
+            assert line["weight_min"] == line["weight_max"] == 1.0
+            assert line["effective_token_ratio"] == 1.0
+        else:
+            assert line["drift_max"] > 1e-4
+            assert line["weight_min"] < 1.0 < line["weight_max"]
+            assert line["effective_token_ratio"] < 1.0
+
+
+def test_part_by_part_in_fresh_processes_worth_of_state_is_the_loop(finished, tmp_path):
+    config = tiny_config()
+    while (part := next_part(open_run(tmp_path / "parts", config))) != "done":
+        run = open_run(tmp_path / "parts")
+        do_part(run, part, ignore, never)
+        run.checkpoints.close()
+    same_bits(finished, open_run(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, stop_at):
+    run = open_run(tmp_path / "cut", tiny_config())
+    seen = []
+    with pytest.raises(Interrupted):
+        distill(run, seen.append, lambda: len(seen) >= stop_at)
+    assert int(run.state.update) == stop_at
+    run.checkpoints.close()
+    again = open_run(tmp_path / "cut")
+    distill(again, ignore, never)
+    same_bits(finished, again)
+
+
+def test_a_killed_run_forgets_the_updates_it_did_not_save(finished, tmp_path):
+    run = open_run(tmp_path / "killed", tiny_config())
+    seen = []
+
+    def report(line):
+        seen.append(line)
+        if len(seen) == 6:  # inside the second round; nothing after the first is saved
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        distill(run, report, never)
+    run.checkpoints.close()
+    assert len(read_lines(run.metrics_file)) == 6
+    again = open_run(tmp_path / "killed")
+    assert int(again.state.update) == 4
+    distill(again, ignore, never)
+    same_bits(finished, again)
+
+
+@pytest.mark.parametrize("loss", ["sampled_token", "teacher_topk"])
+@pytest.mark.parametrize("segments", ["none", "token", "newline", "sequence"])
+def test_arms_share_prompts_noise_and_first_update(finished, tmp_path, loss, segments):
+    config = tiny_config(f"--gate.segments={segments}", f"--loss.kind={loss}", "--schedule.rounds=1")
+    run = open_run(tmp_path / "arm", config)
+    distill(run, ignore, never)
+    first = finished.scored.read(0)
+    for a, b in zip(first, run.scored.read(0), strict=True):
+        np.testing.assert_array_equal(a.response_ids, b.response_ids)
+        np.testing.assert_array_equal(a.score.old_logprobs, b.score.old_logprobs)
+    mine, theirs = read_lines(run.metrics_file), read_lines(finished.metrics_file)
+    assert (mine[0]["loss"] == theirs[0]["loss"]) == (loss == "sampled_token")
+    for line in mine[1:]:
+        assert (line["effective_token_ratio"] == 1.0) == (segments == "none")
+
+
+@pytest.mark.parametrize("surrogate", ["is", "reinforce"])
+def test_other_surrogates_train(tmp_path, surrogate):
+    config = tiny_config(f"--loss.surrogate={surrogate}", "--loss.advantage=cur", "--schedule.rounds=1")
+    run = open_run(tmp_path / "arm", config)
+    distill(run, ignore, never)
+    assert all(np.isfinite(line["loss"]) for line in read_lines(run.metrics_file))
+
+
+def test_stale_rollouts_carry_drift_from_their_first_update(tmp_path):
+    run = open_run(tmp_path / "stale", tiny_config("--schedule.staleness=1", "--schedule.rounds=3"))
+    parts = []
+    while (part := next_part(run)) != "done":
+        parts.append(part)
+        do_part(run, part, ignore, never)
+    collect, train = ["sample", "score"], ["train"]
+    assert parts == collect + collect + train + collect + train + train
+    assert [run.rollouts.shard(r)["update"] for r in range(3)] == [0, 0, 4]
+    firsts = [line for line in read_lines(run.metrics_file) if line["update"] % 4 == 0]
+    assert firsts[0]["drift_max"] == 0.0
+    assert firsts[1]["drift_max"] > 1e-4
+    assert firsts[2]["drift_max"] > 1e-4
+
+
+def test_parts_come_in_turn(tmp_path, finished):
+    run = open_run(tmp_path / "run", tiny_config())
+    for part in ("score", "train"):
+        with pytest.raises(InputError, match=f"is due for sample, not {part}"):
+            do_part(run, part, ignore, never)
+    with pytest.raises(InputError, match="has done all 2 rounds"):
+        do_part(finished, "sample", ignore, never)
+
+
+def test_old_is_scored_by_the_policy_that_sampled(tmp_path):
+    run = open_run(tmp_path / "run", tiny_config())
+    do_part(run, "sample", ignore, never)
+    params = jax.tree.map(lambda x: x + 1e-6, run.state.params)
+    run.state = run.state.replace(params=params)
+    with pytest.raises(InputError, match="not the one that drew round 0"):
+        do_part(run, "score", ignore, never)
+
+
+def test_a_run_keeps_its_config(finished):
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate = 0\.003, not 0\.01"):
+        open_run(finished.folder, tiny_config("--optimizer.learning_rate=0.01"))
+    assert open_run(finished.folder, tiny_config()).config == finished.config
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
+    for bad in ("--model.student=/nowhere", "--problems.train=/nowhere.jsonl", "--model.teacher=lab:tutor"):
+        with pytest.raises(InputError):
+            open_run(tmp_path / "run", tiny_config(bad))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="a new run needs a config"):
+        open_run(tmp_path / "run")
+
+
+def test_the_trained_student_is_exported_whole(finished):
+    config, params = load_pretrained(export_student(finished))
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(finished.state.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert config.vocab_size == finished.model.vocab_size
+    assert (finished.folder / "student" / "tokenizer.json").exists()
+
+
+def test_prompts_come_in_epochs_and_never_with_the_same_noise():
+    config = tiny_config()
+    problems = [f"problem {i}" for i in range(10)]
+    draws = [draw for round_ in range(5) for draw in draws_of_round(config, problems, round_)]
+    assert len(set(draws)) == len(draws) == 5 * 4 * 4
+    firsts = [problem for problem, _ in draws[::4]]
+    assert sorted(firsts[:10]) == sorted(firsts[10:]) == problems
+    assert firsts[:10] != firsts[10:]
+
+
+def test_minibatches_split_a_round_and_differ_between_rounds():
+    config = tiny_config()
+    plans = [minibatch_plan(config, round_) for round_ in (0, 1)]
+    for plan in plans:
+        assert plan.shape == (2, 8)
+        assert sorted(plan.ravel()) == list(range(16))
+    assert not np.array_equal(*plans)
+
+
+def test_sampler_and_trainer_agree(finished):
+    for round_ in (0, 1):
+        assert 0 <= finished.scored.shard(round_)["mismatch"]["max"] < 1e-5
