@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,15 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments, overrides = _parser().parse_known_args(argv)
         if overrides and not hasattr(arguments, "config"):
             raise InputError(
                 f"opd {arguments.command} takes no settings: got {' '.join(overrides)}; drop them"
             )
-        return _run(arguments, overrides)
+        return _run(arguments, overrides, again=shlex.join(["opd", *argv]))
     except InputError as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
@@ -70,12 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _run(arguments: argparse.Namespace, overrides: list[str], again: str) -> int:
     # Three processes a round compile the same programs; the cache makes the later ones start at once.
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR",
-        str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"),
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
@@ -85,8 +86,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         try:
             commands.COMMANDS[arguments.command](arguments, overrides, stop)
         except (Interrupted, KeyboardInterrupt):
-            # Everything finished is on disk either way; a second Ctrl-C only costs the part under way.
-            again = f"opd {arguments.command} {getattr(arguments, 'run', '')}".strip()
+            # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
             print(f"\nopd: interrupted; go on with: {again}", file=sys.stderr)
             return INTERRUPTED
     return 0

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from opd_jax.config import Config, config_file, load_config
 from opd_jax.evaluate import by_problem, read_answers
-from opd_jax.lab.make import make
 from opd_jax.study.demo import demo
 from opd_jax.study.evaluation import Who, answers_file, evaluate_run
 from opd_jax.study.report import write_report
@@ -42,7 +41,8 @@ def progress(run: Run, label: str) -> Iterator[Report]:
             bar.set_postfix_str(
                 f"loss {line['loss']:+.4f}, drift {line['drift_abs']:.4f}, "
                 f"gate {line['effective_token_ratio']:.3f}, "
-                f"{tokens / (time.monotonic() - began):,.0f} tokens/s"
+                f"{tokens / (time.monotonic() - began):,.0f} tokens/s",
+                refresh=False,
             )
             bar.update()
 
@@ -52,14 +52,14 @@ def progress(run: Run, label: str) -> Iterator[Report]:
 def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
     """Evaluate a model of a run, with a bar, and print what came out."""
     total = len(run.heldout) * run.config.evaluation.samples
-    right = 0
+    seen = right = 0
     with tqdm(total=total, desc=f"{label}: evaluation", unit="answer") as bar:
 
         def report(answer: Any) -> None:
-            nonlocal right
-            right += answer.correct
+            nonlocal seen, right
+            seen, right = seen + 1, right + answer.correct
+            bar.set_postfix_str(f"right {right / seen:.3f}", refresh=False)
             bar.update()
-            bar.set_postfix_str(f"right {right / bar.n:.3f}")
 
         file = evaluate_run(run, who, report, stop)
     records = read_answers(file)
@@ -120,6 +120,8 @@ def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> 
 
 
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.lab.make import make  # loads what only this command needs
+
     make(arguments.out, seed=arguments.seed)
 
 

@@ -61,8 +61,8 @@ class Batch:
 class Readout:
     """What the vocabulary head says at each position; float32, at the sampling temperature."""
 
-    logits: jax.Array  # [B, T, K]: temperature-scaled logits of the ids asked for
-    logsumexp: jax.Array  # [B, T]: over the whole vocabulary, so logprob = logits - logsumexp
+    logits: jax.Array  # [B, T, K]: scaled logits of the ids asked for, up to a constant a position
+    logsumexp: jax.Array  # [B, T]: of all of them, so that logprob = logits - logsumexp
     entropy: jax.Array  # [B, T]: of the whole distribution, nats
 
     @property

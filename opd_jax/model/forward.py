@@ -7,6 +7,7 @@ cache (`decode`). Layers are scanned, so that compile time does not grow with de
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from opd_jax.model.sharding import constrain
 from opd_jax.types import Params
 
 # Turns a layer's query, key and value into attended values and whatever the layer leaves behind.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -50,7 +51,7 @@ def _layer(
     angles: tuple[jax.Array, jax.Array],
     attend: Attend,
     config: Qwen3Config,
-) -> tuple[jax.Array, tuple]:
+) -> tuple[jax.Array, Any]:
     """One pre-norm transformer layer on ``x [B, T, D]``."""
     eps, dtype = config.rms_norm_eps, x.dtype
     layer = jax.tree.map(lambda w: w.astype(dtype), layer)
@@ -192,16 +193,17 @@ def decode(
     mask, angles = cache_mask(positions, cache.key.shape[2]), rotary_angles(positions, config)
     rows = jnp.arange(tokens.shape[0])[:, None]
 
-    def body(x: jax.Array, slice_: tuple) -> tuple[jax.Array, tuple]:
-        layer, past_key, past_value = slice_
+    # The cache is carried whole and written in place; scanned over, every layer of it would be copied.
+    def body(carry: tuple[jax.Array, Cache], at: tuple[Params, jax.Array]) -> tuple[tuple, None]:
+        (x, cache), (layer, index) = carry, at
 
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple]:
-            keys = past_key.at[rows, positions].set(key)
-            values = past_value.at[rows, positions].set(value)
-            return attention(query, keys, values, mask), (keys, values)
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
+            keys = cache.key.at[index, rows, positions].set(key)
+            values = cache.value.at[index, rows, positions].set(value)
+            return attention(query, keys[index], values[index], mask), Cache(keys, values)
 
-        return _layer(x, layer, angles, attend, config)
+        return _layer(x, layer, angles, attend, config), None
 
-    x = _embed(params, tokens, config)
-    x, (key, value) = jax.lax.scan(body, x, (params["layers"], cache.key, cache.value))
-    return x, Cache(key, value)
+    layers = params["layers"], jnp.arange(config.num_hidden_layers)
+    (x, cache), _ = jax.lax.scan(body, (_embed(params, tokens, config), cache), layers)
+    return x, cache

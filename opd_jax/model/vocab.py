@@ -39,6 +39,16 @@ def _over_positions(function: Callable[..., Any], arrays: tuple[jax.Array, ...],
     return jax.tree.map(join, pieces)
 
 
+def _scaled_logits(hidden: jax.Array, params: Params, config: Qwen3Config, temperature: float) -> jax.Array:
+    """``[..., V]`` logits at a temperature, the largest at zero.
+
+    Only differences of logits mean anything, and those of a confident model keep their digits when the
+    large common part is gone before the log-sum-exp is taken.
+    """
+    z = logits(hidden, params, config) / temperature
+    return z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+
+
 def readout(
     params: Params, rows: Rows, ids: jax.Array, config: Qwen3Config, *, temperature: float = 1.0
 ) -> Readout:
@@ -62,11 +72,11 @@ def readout(
     )
 
     def read(hidden: jax.Array, ids: jax.Array) -> Readout:
-        z = logits(hidden, params, config) / temperature
+        z = _scaled_logits(hidden, params, config, temperature)
         logsumexp = jax.nn.logsumexp(z, axis=-1)
-        # H = lse - sum p z; the entropy is a diagnostic, and no gradient is spent on it.
-        p = jax.nn.softmax(jax.lax.stop_gradient(z), axis=-1)
-        entropy = jax.lax.stop_gradient(logsumexp) - jnp.sum(p * jax.lax.stop_gradient(z), axis=-1)
+        # The entropy, lse - sum p z, is a diagnostic: no gradient is spent on it.
+        fixed = jax.lax.stop_gradient(z)
+        entropy = jax.lax.stop_gradient(logsumexp) - jnp.sum(jax.nn.softmax(fixed) * fixed, axis=-1)
         return Readout(jnp.take_along_axis(z, ids, axis=-1), logsumexp, entropy)
 
     return _over_positions(read, (hidden, ids), config.head_chunk)
@@ -92,7 +102,7 @@ def top_k_logprobs(
     )
 
     def read(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        z = logits(hidden, params, config) / temperature
+        z = _scaled_logits(hidden, params, config, temperature)
         logprobs = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
         best, ids = jax.lax.top_k(logprobs, k)
         sampled = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]

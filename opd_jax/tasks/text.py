@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
       InputError: the folder holds no tokenizer.
     """
-    from transformers import AutoTokenizer  # slow to import
-
     if not (Path(folder) / "tokenizer.json").is_file():
         raise InputError(
             f"a model folder must hold tokenizer.json: {folder} does not; copy it from the original"
         )
+    # Only tokenizers are used, and transformers would advise every user to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # slow to import
+
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 

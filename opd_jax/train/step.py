@@ -173,7 +173,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Readings]:
         (_, readings), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
-        readings.sums["gradient_norm"] = (optax.global_norm(gradient), jnp.ones(()))
+        readings.sums["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.update + 1, params, opt_state), readings

@@ -1,0 +1,146 @@
+"""The command line: exit statuses, one-line refusals, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opd_jax.cli import main
+from opd_jax.files import sha256
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parent.parent
+LAB = ["--config", str(ROOT / "configs" / "lab.yaml"), *TINY]
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run a command that must be refused; returns its one line."""
+    assert main([str(argument) for argument in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.strip().splitlines()
+    assert line.startswith("opd: ")
+    return line
+
+
+@pytest.fixture
+def sampled(tmp_path) -> Path:
+    """A run with one round of rollouts, not scored yet."""
+    assert main(["sample", str(tmp_path / "run"), *LAB]) == 0
+    return tmp_path / "run"
+
+
+def test_parts_by_command(sampled, capsys):
+    for part, following in (("score", "train"), ("train", "sample"), ("sample", "score")):
+        assert main([part, str(sampled)]) == 0
+        assert f"next: {following}" in capsys.readouterr().out
+    assert main(["evaluate", str(sampled), "--of", "base"]) == 0
+    out = capsys.readouterr().out
+    assert "pass@1" in out
+    assert "pass@2" in out
+    assert main(["report", str(sampled), "--out", str(sampled / "report.html")]) == 0
+    assert json.loads((sampled / "report.json").read_text())["runs"][0]["name"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sample", "{tmp}/x", *LAB, "--model.student=/nowhere"], "/nowhere has no config.json"),
+        (["sample", "{tmp}/x", *LAB, "--gate.blck=3"], "the nearest is gate.block"),
+        (["sample", "{tmp}/x", "--config", "{tmp}/none.yaml"], "check the path"),
+        (["sample", "{tmp}/x"], "a new run needs a config"),
+        (["sample", "{tmp}/x", *LAB, "--problems.train={tmp}/empty.jsonl"], "has none"),
+        (["sample", "{tmp}/x", *LAB, "--problems.train=nowhere:at_all"], "'nowhere:at_all' does not"),
+        (["sample", "{tmp}/x", *LAB, "--sampling.max_prompt=3"], "1 to 3 tokens"),
+        (["score", "{tmp}/x", *LAB], "is due for sample, not score"),
+        (["evaluate", "{tmp}/x"], "a new run needs a config"),
+        (["report", "{tmp}/x"], "has no config.yaml"),
+        (["report", "{tmp}", "--gate.block=3"], "takes no settings"),
+        (["demo", "{tmp}/x", "--mesh.data=64"], "mesh.data x mesh.fsdp is 64"),
+        (["dream"], "invalid choice: 'dream'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, words, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert words in refused(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in argv))
+
+
+def test_a_store_of_another_student_is_refused(sampled, capsys):
+    manifest = sampled / "rollouts" / ".manifest.json"
+    content = json.loads(manifest.read_text())
+    content["about"]["student"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    assert "a store belongs to one student" in refused(capsys, "score", sampled)
+
+
+def test_a_response_of_length_zero_is_refused(sampled, capsys):
+    shard, manifest = sampled / "rollouts" / "round-00000.parquet", sampled / "rollouts" / ".manifest.json"
+    table = pq.read_table(shard)
+    for name in ("response_ids", "behaviour_logprobs"):
+        values = table.column(name).to_pylist()
+        values[3] = []
+        place = table.column_names.index(name)
+        field = table.schema.field(place)
+        table = table.set_column(place, field, pa.array(values, field.type))
+    pq.write_table(table, shard)
+    content = json.loads(manifest.read_text())
+    content["shards"][0]["sha256"] = sha256(shard)
+    manifest.write_text(json.dumps(content))
+    line = refused(capsys, "score", sampled)
+    assert "at least one token: row 3 of" in line
+    assert "round-00000.parquet" in line
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys, opd_jax.cli\ntry: opd_jax.cli.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    opd = [sys.executable, "-m", "opd_jax.cli"]
+
+    def distill(name: str, interrupt: bool) -> subprocess.CompletedProcess:
+        folder = tmp_path / name
+        config = LAB if not folder.exists() else []
+        process = subprocess.Popen(
+            [*opd, "distill", str(folder), *config],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        metrics = folder / "metrics.jsonl"
+        while interrupt and process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= 1:
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.005)
+        out, err = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    cut = distill("cut", interrupt=True)
+    assert cut.returncode == 130, cut.stderr
+    assert f"go on with: opd distill {tmp_path / 'cut'}" in cut.stderr
+    assert "Traceback" not in cut.stderr
+    done = (tmp_path / "cut" / "metrics.jsonl").read_text().count("\n")
+    assert 1 <= done < 8
+    for name in ("cut", "whole"):
+        finished = distill(name, interrupt=False)
+        assert finished.returncode == 0, finished.stderr
+    a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("cut", "whole"))
+    assert a == b
