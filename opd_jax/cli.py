@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from opd_jax.backend import sum_in_one_order
 from opd_jax.errors import InputError
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
@@ -78,6 +79,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str], again: str) -> int
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    sum_in_one_order()
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
     from opd_jax.train.interrupt import Interrupted, stop_on_signal

@@ -11,6 +11,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TQDM_DISABLE"] = "1"
 
+from opd_jax.backend import sum_in_one_order
+
+sum_in_one_order()
+
 import jax
 import pytest
 

@@ -47,8 +47,6 @@ class Recipe:
     stop_at: float = 2.0  # pass@1 on fresh training problems at which to stop
     learning_rate: float = 3e-3
     batch: int = 64
-    weight_decay: float = 0.1
-    noise: float = 0.002  # share of targets replaced at random
 
     @property
     def config(self) -> Qwen3Config:
@@ -115,7 +113,7 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None]) -> tu
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, recipe.learning_rate, 50, recipe.steps, 0.1 * recipe.learning_rate
     )
-    optimizer = make_optimizer(schedule, b2=0.95, weight_decay=recipe.weight_decay)
+    optimizer = make_optimizer(schedule, b2=0.95)
     step = make_supervised_step(recipe.config, optimizer)
     params = init_params(recipe.config, stream(seed, "init"))
     opt_state = optimizer.init(params)
@@ -123,9 +121,6 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None]) -> tu
     for done in range(1, recipe.steps + 1):
         chosen = rng.integers(len(problems), size=recipe.batch)
         rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], WIDTH)
-        slips = rng.random(rows.targets.shape) < recipe.noise
-        wrong = rng.integers(len(tokenizer), size=rows.targets.shape, dtype=np.int32)
-        rows = dataclasses.replace(rows, targets=np.where(slips, wrong, rows.targets))
         params, opt_state, loss = step(params, opt_state, rows)
         report(done, float(loss))
         due = recipe.stop_at <= 1 and done >= 400 and done % 25 == 0

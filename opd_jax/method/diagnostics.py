@@ -13,9 +13,11 @@ from opd_jax.method.losses import importance_ratio
 Array = jax.Array
 Sums = dict[str, tuple[Array, Array]]
 
-# Histogram edges, the outer bins open-ended. Drift is dense around 0, weights around 1.
-DRIFT_EDGES = tuple(round(-1.0 + 0.05 * i, 2) for i in range(41))
-WEIGHT_EDGES = tuple(round(0.05 * i, 2) for i in range(41))
+# Histogram edges, the outer bins open-ended. Bins grow by 19% away from the value of no drift at all,
+# which has a narrow bin of its own: drift lives near 0 and weights near 1, on many scales.
+_STEPS = tuple(5e-4 * 2 ** (i / 4) for i in range(53))  # 0.0005 to 4.1
+DRIFT_EDGES = (*(-x for x in reversed(_STEPS)), *_STEPS)
+WEIGHT_EDGES = (*(1 - x for x in reversed(_STEPS) if x < 1), *(1 + x for x in _STEPS))
 
 
 def masked_sum(values: Array, mask: Array) -> tuple[Array, Array]:

@@ -66,7 +66,9 @@ def _layer(
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
     attended, left_behind = attend(query, key, value)
-    x = x + jnp.einsum("btnh,nhd->btd", attended, layer["output"])
+    # Contracted over one axis, not two: a CPU then sums a step of decoding in the order of a whole row.
+    attended = attended.reshape(*x.shape[:2], -1)
+    x = x + jnp.einsum("bti,id->btd", attended, layer["output"].reshape(-1, x.shape[-1]))
 
     h = rms_norm(x, layer["mlp_norm"], eps)
     gate = jnp.einsum("btd,df->btf", h, layer["gate"])

@@ -89,7 +89,7 @@ def make_sampler(
     ) -> _State:
         keys = rollout_keys(root, problems, samples)
         positions = jnp.broadcast_to(jnp.arange(max_prompt), prompts.shape)
-        cache = empty_cache(config, slots, max_prompt + max_response)
+        cache = empty_cache(config, slots, max_prompt + max_response - 1)
         hidden, cache = decode(params, prompts, positions, cache, config)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         state = _State(
