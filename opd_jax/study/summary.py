@@ -109,11 +109,14 @@ def _percentiles(lines: Sequence[Numbers], name: str, edges: Sequence[float]) ->
     """Percentiles of all tokens of several updates, linear within a bin; outer bins end at an edge."""
     counts = np.sum([line[name] for line in lines], axis=0)
     borders = np.array([edges[0], *edges, edges[-1]])
-    heights = np.concatenate([[0.0], np.cumsum(counts)])
-    shares = heights / heights[-1]
-    # np.interp wants increasing shares; empty bins only repeat one.
-    keep = np.concatenate([[True], np.diff(shares) > 0])
-    return [float(np.interp(p / 100, shares[keep], borders[keep])) for p in PERCENTILES]
+    below = np.concatenate([[0], np.cumsum(counts)])
+    values = []
+    for percent in PERCENTILES:
+        wanted = below[-1] * percent / 100
+        bin_ = int(np.searchsorted(below[1:], wanted))
+        share = (wanted - below[bin_]) / counts[bin_]
+        values.append(float(borders[bin_] + share * (borders[bin_ + 1] - borders[bin_])))
+    return values
 
 
 def _graded(folders: Sequence[Path]) -> dict[str, list[Answer]]:

@@ -89,13 +89,13 @@ def test_the_page_stands_alone_and_is_well_formed(page):
 
 
 def test_percentiles_of_a_histogram():
-    edges = (0.0, 1.0, 2.0)
-    # Ten values spread evenly over [0, 1): linear within the bin.
-    [low, *_, high] = _percentiles([{"h": [0, 10, 0, 0]}], "h", edges)
-    assert low == pytest.approx(PERCENTILES[0] / 100)
-    assert high == pytest.approx(PERCENTILES[-1] / 100)
-    # Everything at zero, as on a first update, where a bin [0, 1) is all there is to know.
-    assert max(_percentiles([{"h": [5, 0, 0, 0]}], "h", edges)) == 0.0
+    edges = (0.0, 1.0, 2.0, 4.0)
+    # Ten values spread evenly over [1, 2), after empty bins: linear within the bin.
+    got = _percentiles([{"h": [0, 0, 10, 0, 0]}], "h", edges)
+    np.testing.assert_allclose(got, [1 + p / 100 for p in PERCENTILES])
+    # Two updates add up; half the values lie below 1 and half above 2, a quarter beyond the last edge.
+    got = _percentiles([{"h": [0, 2, 0, 1, 0]}, {"h": [0, 0, 0, 0, 1]}], "h", edges)
+    np.testing.assert_allclose(got, [0.1, 0.5, 1.0, 4.0, 4.0])
 
 
 def test_what_is_no_trained_run_is_refused(tmp_path):
