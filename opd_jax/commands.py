@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from opd_jax.config import Config, config_file, load_config
+from opd_jax.config import Config
 from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.settings import config_file, load_config
 from opd_jax.study.demo import demo
 from opd_jax.study.evaluation import Who, answers_file, evaluate_run
 from opd_jax.study.report import write_report

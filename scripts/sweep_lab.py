@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from opd_jax.commands import judge, progress
-from opd_jax.config import config_file, load_config
 from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.settings import config_file, load_config
 from opd_jax.study.evaluation import answers_file
 from opd_jax.study.statistics import mean_interval, paired_difference
 from opd_jax.study.summary import summarise

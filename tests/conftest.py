@@ -20,9 +20,10 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from opd_jax.config import Config, load_config
+from opd_jax.config import Config
 from opd_jax.lab import student
 from opd_jax.model import Qwen3Config, init_params, load_pretrained
+from opd_jax.settings import load_config
 from opd_jax.tasks import load_tokenizer
 from opd_jax.types import Params
 

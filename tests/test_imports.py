@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
 ORDER = ["method", "model", "tasks", "rollout", "evaluate", "train", "study"]
 # Single files that any folder may use.
-SHARED = {"types", "errors", "files", "keys", "named", "config", "backend"}
+SHARED = {"types", "errors", "files", "keys", "named", "config", "settings", "backend"}
 
 
 def imported(file: Path) -> set[str]:

@@ -84,13 +84,13 @@ class RolloutStore:
         self.path = Path(path)
         self.about = dict(about or {})
         self._open: list[Rollout] = []
-        manifest = self._manifest()
+        written_for = self._manifest()["about"]
         for name, expected in self.about.items():
-            came = manifest["about"].get(name, expected)
-            if came != expected:
+            if written_for.get(name) != expected:
                 raise InputError(
-                    f"a store belongs to one {name}: {self.path} was written for {came!r}, this run "
-                    f"has {expected!r}; use the run folder it was made for, or a new one"
+                    f"a store belongs to one {name}: {self.path} was written for "
+                    f"{written_for.get(name)!r}, this run has {expected!r}; use the run folder it was made "
+                    "for, or a new one"
                 )
 
     def _manifest(self) -> dict[str, Any]:

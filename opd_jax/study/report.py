@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from opd_jax.config import load_config
 from opd_jax.files import write_text
+from opd_jax.settings import load_config
 from opd_jax.study import plots
 from opd_jax.study.summary import Numbers, Summary, as_json, interval, summarise
 from opd_jax.tasks import load_tokenizer

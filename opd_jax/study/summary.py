@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.config import Config, flatten, load_config
+from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, by_problem, read_answers
 from opd_jax.method import DRIFT_EDGES, WEIGHT_EDGES
 from opd_jax.rollout import RolloutStore
+from opd_jax.settings import load_config
 from opd_jax.study.statistics import Interval, mean_interval, paired_difference
 from opd_jax.train.metrics import read_lines
 

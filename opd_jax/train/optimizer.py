@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import optax
 
 
@@ -21,8 +22,6 @@ def make_optimizer(
 
     def matrices(params: optax.Params) -> optax.Params:
         # Stacked norms are [L, D] or [L, H]: told apart by name, not by rank.
-        import jax
-
         return jax.tree_util.tree_map_with_path(
             lambda path, _: not str(getattr(path[-1], "key", path[-1])).endswith("norm"), params
         )

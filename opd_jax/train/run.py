@@ -22,12 +22,13 @@ import jax
 import numpy as np
 import optax
 
-from opd_jax.config import Config, flatten, load_config, save_config
+from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.files import sha256
 from opd_jax.model import Qwen3Config, load_pretrained, make_mesh
 from opd_jax.named import call_named, is_named
 from opd_jax.rollout.store import RolloutStore
+from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, read_problems, tokenizer_digest
 from opd_jax.tasks.problems import check_problems
 from opd_jax.train.checkpoint import Checkpoints, abstract
