@@ -53,6 +53,8 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
+    reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
+    old_source: Literal["trainer", "sampler"] = "trainer"  # whose log-probs are `old`; see rollout.score
     top_k: int = 32  # teacher ids stored with every token; the support of teacher_topk
 
 
@@ -68,6 +70,7 @@ class GateConfig:
     tau: float = 1.0
     statistic: Literal["signed_mean", "mean_abs", "rms", "positive", "negative"] = "signed_mean"
     scope: Literal["none", "sequence", "minibatch"] = "minibatch"  # not printed
+    eps: float = 1e-8  # of the normaliser; not printed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,7 @@ def check(config: Config) -> None:
     for name in ("sampling.top_p", "evaluation.top_p"):
         if not 0 < values[name] <= 1:
             raise InputError(f"{name} must lie in (0, 1]: got {values[name]}; 1 keeps every token")
-    for name in ("gate.tau", "schedule.staleness", "log.rows", "seed", "evaluation.seed"):
+    for name in ("gate.tau", "gate.eps", "schedule.staleness", "log.rows", "seed", "evaluation.seed"):
         if values[name] < 0:
             raise InputError(f"{name} must not be negative: got {values[name]}; use 0 or more")
     if config.gate.span_maximum < config.gate.span_minimum:

@@ -10,7 +10,7 @@ from opd_jax.method.diagnostics import (
 )
 from opd_jax.method.gates import STATISTICS, drift, drift_gate, gate, normalise, segment_score
 from opd_jax.method.losses import cross_entropy, importance_ratio, sampled_token_loss, topk_loss
-from opd_jax.method.objective import Objective, objective, token_mean
+from opd_jax.method.objective import Objective, objective, sequence_mean, token_mean
 from opd_jax.method.segments import (
     every_token,
     fixed_blocks,
@@ -43,6 +43,7 @@ __all__ = [
     "segment_largest",
     "segment_score",
     "segment_total",
+    "sequence_mean",
     "token_mean",
     "topk_loss",
     "whole_sequence",

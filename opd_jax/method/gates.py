@@ -17,12 +17,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.segments import segment_largest, segment_total
+from opd_jax.method.segments import segment_largest, segment_total, sequence_segments
 
 Array = jax.Array
 Scope = Literal["none", "sequence", "microbatch", "minibatch"]
 
-EPS = 1e-8  # the paper prints no epsilon
+EPS = 1e-8
 
 
 def drift(cur: Array, old: Array, mask: Array) -> Array:
@@ -115,6 +115,7 @@ def normalise(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
+    eps: float = EPS,
 ) -> Array:
     """Weights ``w = g / (gbar + eps)`` with ``gbar`` the mean of ``g`` over the scope's valid tokens.
 
@@ -129,6 +130,7 @@ def normalise(
         given here; ``minibatch`` these and, under shard_map or pmap, all devices of ``axis_name``.
       sequence_ids: ``[B, T]`` int32 of packed rows, for ``sequence``; by default a row is one.
       axis_name: mapped axis to sum over; under jit the sums are global without it.
+      eps: keeps an empty scope finite; the paper prints none.
 
     Raises:
       ValueError: an unknown scope.
@@ -141,7 +143,7 @@ def normalise(
     if scope == "none":
         return g
     total, count = _scope_sums(g, mask, scope, sequence_ids, axis_name)
-    return g / (total / (count + EPS) + EPS)
+    return g / (total / (count + eps) + eps)
 
 
 def _scope_sums(
@@ -149,7 +151,7 @@ def _scope_sums(
 ) -> tuple[Array, Array]:
     """Sum of ``g`` and number of valid tokens over the scope, broadcastable to ``[B, T]``."""
     if scope == "sequence":
-        ids = _sequences(mask, sequence_ids)
+        ids = sequence_segments(mask, sequence_ids)
         return segment_total(g, ids), segment_total(mask, ids)
     if scope not in ("microbatch", "minibatch"):
         raise ValueError(f"scope must be none, sequence, microbatch or minibatch: got {scope!r}")
@@ -170,6 +172,7 @@ def drift_gate(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
+    eps: float = EPS,
 ) -> Array:
     """The drift gate of arXiv 2606.24084: detached weights ``w = sg(g / gbar)``, ``[B, T]``.
 
@@ -191,6 +194,7 @@ def drift_gate(
         scope=scope,
         sequence_ids=sequence_ids,
         axis_name=axis_name,
+        eps=eps,
     )
 
 
@@ -199,14 +203,8 @@ def _scope_max(
 ) -> Array:
     """Largest ``log_g`` of the scope's valid tokens, finite even where there are none."""
     if scope == "sequence":
-        return segment_largest(log_g, _sequences(mask, sequence_ids))
+        return segment_largest(log_g, sequence_segments(mask, sequence_ids))
     largest = jnp.max(jnp.where(mask, log_g, -jnp.inf))
     if axis_name is not None and scope == "minibatch":
         largest = jax.lax.pmax(largest, axis_name)
     return jnp.where(jnp.isfinite(largest), largest, 0.0)
-
-
-def _sequences(mask: Array, sequence_ids: Array | None) -> Array:
-    """Segment ids that tell sequences apart; a row is one where no ids are given."""
-    ids = jnp.zeros(mask.shape, jnp.int32) if sequence_ids is None else sequence_ids
-    return jnp.where(mask, ids, -1)

@@ -120,6 +120,12 @@ def newline_spans(
     return _number(opens.T, mask)
 
 
+def sequence_segments(mask: Array, sequence_ids: Array | None) -> Array:
+    """Segment ids that tell the sequences of a row apart; a row is one where no ids are given."""
+    ids = jnp.zeros(mask.shape, jnp.int32) if sequence_ids is None else sequence_ids
+    return jnp.where(mask.astype(bool), ids, -1)
+
+
 def segment_total(values: Array, segments: Array) -> Array:
     """Sum of ``values`` over each position's segment, ``[B, T]``; 0 outside all segments.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,17 @@ def attach(rollouts: Sequence[Rollout], rows: Rows, old: Any, teacher: tuple[Any
     ]
 
 
-def batch_of(rollouts: Sequence[Rollout], width: int) -> Batch:
-    """One minibatch of the gated step from scored rollouts, as NumPy arrays."""
+def batch_of(
+    rollouts: Sequence[Rollout], width: int, *, old_source: Literal["trainer", "sampler"] = "trainer"
+) -> Batch:
+    """One minibatch of the gated step from scored rollouts, as NumPy arrays ``[B, width]``.
+
+    ``old_source`` says whose log-probs of the behaviour policy drift is measured against. With the
+    sampler's, the rounding between two engines is part of the drift from the first update on.
+
+    Raises:
+      InputError: a rollout has not been scored.
+    """
     rows = rows_of(rollouts, width)
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
     if len(scores) != len(rollouts):
@@ -83,10 +92,14 @@ def batch_of(rollouts: Sequence[Rollout], width: int) -> Batch:
             f"rollouts must be scored before they are trained on: round {rollouts[0].round} is not; "
             "run opd score first"
         )
+    if old_source == "trainer":
+        old = [score.old_logprobs for score in scores]
+    else:
+        old = [rollout.behaviour_logprobs for rollout in rollouts]
     return Batch(
         rows=rows,
         signal=Signal(
-            old=spread([score.old_logprobs for score in scores], rows.mask),
+            old=spread(old, rows.mask),
             teacher=spread([score.teacher_logprobs for score in scores], rows.mask),
             support_ids=spread([score.teacher_topk_ids for score in scores], rows.mask),
             support_logprobs=spread([score.teacher_topk_logprobs for score in scores], rows.mask),

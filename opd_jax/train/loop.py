@@ -89,7 +89,7 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         position = update % schedule.updates_per_round
         pass_, minibatch = divmod(position, schedule.minibatches)
         members = [rollouts[index] for index in plan[minibatch]]
-        batch = batch_of(members, run.width)
+        batch = batch_of(members, run.width, old_source=config.loss.old_source)
         run.state, readings = run.train_step(run.state, batch)
         line = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
         line |= as_line(readings)

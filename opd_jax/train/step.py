@@ -137,6 +137,8 @@ def make_train_step(
             tau=config.gate.tau,
             statistic=config.gate.statistic,
             scope=config.gate.scope,
+            eps=config.gate.eps,
+            reduction=config.loss.reduction,
             sequence_ids=rows.sequence_ids,
         )
         sums = drift_diagnostics(

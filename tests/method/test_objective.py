@@ -63,6 +63,35 @@ def test_mask_equals_removal(arrays):
     np.testing.assert_allclose(value(*padded, wide), value(*arrays), rtol=1e-6)
 
 
+def test_the_mean_over_sequences_counts_each_sequence_once(arrays):
+    cur, old, tea, mask = arrays
+    mask = mask.copy()
+    mask[2] = False  # an empty row is no sequence
+    base = oracle_numpy.sampled_token(cur, old, tea, "ppo", "old")
+    options = {"scope": "sequence", "reduction": "seq_mean_token_mean"}
+    segments = fixed_blocks(jnp.array(mask), 4)
+    got = objective(cur, old, jnp.array(mask), jnp.array(base), segments, **options)
+    w = oracle_numpy.gate_weights(cur, old, mask, np.asarray(segments), scope="sequence")
+    means = [(w * base)[row][mask[row]].mean() for row in (0, 1, 3)]
+    np.testing.assert_allclose(got.loss, np.mean(means), rtol=1e-5)
+    # Packed in two rows of two sequences each it is the same.
+    packed = [x.reshape(2, 32) for x in (cur, old, mask, base)]
+    ids = jnp.repeat(jnp.array([[1, 2], [1, 2]]), 16, axis=1)
+    segments = fixed_blocks(jnp.array(packed[2]), 4, sequence_ids=ids)
+    again = objective(
+        packed[0],
+        packed[1],
+        jnp.array(packed[2]),
+        jnp.array(packed[3]),
+        segments,
+        sequence_ids=ids,
+        **options,
+    )
+    np.testing.assert_allclose(again.loss, got.loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="reduction must be"):
+        objective(cur, old, jnp.array(mask), jnp.array(base), None, reduction="mean")
+
+
 def test_diagnostics_are_sums_and_counts(arrays):
     cur, old, tea, mask = arrays
     segments = fixed_blocks(jnp.array(mask), 4)

@@ -105,6 +105,21 @@ def test_other_surrogates_train(tmp_path, surrogate):
     assert all(np.isfinite(line["loss"]) for line in read_lines(run.metrics_file))
 
 
+def test_other_readings_of_the_paper_train(tmp_path, finished):
+    """Per-sequence means and weights, and drift against the sampler's own log-probs."""
+    config = tiny_config(
+        "--gate.scope=sequence",
+        "--loss.reduction=seq_mean_token_mean",
+        "--loss.old_source=sampler",
+        "--schedule.rounds=1",
+    )
+    run = open_run(tmp_path / "arm", config)
+    distill(run, ignore, never)
+    first, other = read_lines(run.metrics_file)[0], read_lines(finished.metrics_file)[0]
+    assert first["drift_max"] < 1e-6  # the two engines agree
+    assert first["loss"] != other["loss"]
+
+
 def test_stale_rollouts_carry_drift_from_their_first_update(tmp_path):
     run = open_run(tmp_path / "stale", tiny_config("--schedule.staleness=1", "--schedule.rounds=3"))
     parts = []
