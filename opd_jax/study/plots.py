@@ -34,12 +34,19 @@ def _svg(draw: Callable[[Sequence[Axes]], None], panels: int, height: float, row
     """Draw panels side by side and return the figure as an ``<svg>`` element."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, height), layout="constrained")
-        axes = figure.subplots(rows, panels, squeeze=False, sharex="row", sharey="row" if rows > 1 else False)
+        share = "row" if rows > 1 else False  # panels above each other are one quantity for all runs
+        axes = figure.subplots(rows, panels, squeeze=False, sharey=share)
         draw(axes.ravel().tolist())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _count_along(axis: Axes, label: str) -> None:
+    """An x-axis that counts: whole numbers only."""
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def learning_curves(summary: Summary) -> str:
@@ -56,7 +63,7 @@ def learning_curves(summary: Summary) -> str:
                 rounds = [r["round"] + 1 for r in run["rounds"]]
                 axis.plot(rounds, [r[name] for r in run["rounds"]], color=colour, label=run["name"])
             axis.set_title(title)
-            axis.set_xlabel("round")
+            _count_along(axis, "round")
         axes[0].legend(frameon=False)
 
     return _svg(draw, len(panels), 3.0)
@@ -71,7 +78,6 @@ def within_round(summary: Summary) -> str:
         axis.fill_between(updates, values[:, 0], values[:, 4], color=colour, alpha=0.18, lw=0)
         axis.fill_between(updates, values[:, 1], values[:, 3], color=colour, alpha=0.35, lw=0)
         axis.plot(updates, values[:, 2], color=colour)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     def draw(axes: Sequence[Axes]) -> None:
         upper, lower = axes[: len(summary.runs)], axes[len(summary.runs) :]
@@ -79,7 +85,8 @@ def within_round(summary: Summary) -> str:
             band(top, run, "drift_percentiles", colour)
             band(bottom, run, "weight_percentiles", colour)
             top.set_title(run["name"])
-            bottom.set_xlabel("update within a round")
+            _count_along(top, "")
+            _count_along(bottom, "update within a round")
         upper[0].set_ylabel("drift d, nats")
         lower[0].set_ylabel("weight w")
 
@@ -110,7 +117,7 @@ def effective_tokens(summary: Summary) -> str:
             (axes[2], "effective token ratio over the run", "update"),
         ):
             axis.set_title(title)
-            axis.set_xlabel(label)
+            _count_along(axis, label)
         axes[0].legend(frameon=False)
 
     return _svg(draw, 3, 3.0)
