@@ -18,6 +18,10 @@ import json
 import sys
 from pathlib import Path
 
+from opd_jax.backend import sum_in_one_order
+
+sum_in_one_order()  # as the command line does, so that a cell can be repeated with opd distill
+
 from opd_jax.commands import judge, progress
 from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.settings import config_file, load_config
