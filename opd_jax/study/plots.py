@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -34,7 +34,8 @@ def _svg(draw: Callable[[Sequence[Axes]], None], panels: int, height: float, row
     """Draw panels side by side and return the figure as an ``<svg>`` element."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, height), layout="constrained")
-        share = "row" if rows > 1 else False  # panels above each other are one quantity for all runs
+        # Panels above each other are one quantity for all runs.
+        share: Literal["row", "none"] = "row" if rows > 1 else "none"
         axes = figure.subplots(rows, panels, squeeze=False, sharey=share)
         draw(axes.ravel().tolist())
         buffer = io.StringIO()
