@@ -12,27 +12,41 @@ or infinity in the padding can reach neither a value nor a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.segments import segment_largest, segment_total, sequence_segments
+from opd_jax.method.scope import Scope, scope_count, scope_least, scope_total
+from opd_jax.method.segments import segment_total
 
 Array = jax.Array
-Scope = Literal["none", "sequence", "microbatch", "minibatch"]
 
 EPS = 1e-8
+ROUNDING = 1e-3  # of a float32 sum of ten thousand equal terms, added up one by one
+
+
+def masked(x: Array, mask: Array) -> Array:
+    """``x`` with zeros behind the mask, so that neither its value nor its gradient is read there.
+
+    >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, jnp.inf]])
+    >>> masked(x, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))
+    Array([[ 1.,  2.,  3.,  4.,  5.,  6.],
+           [ 7.,  8.,  9., 10.,  0.,  0.]], dtype=float32)
+    """
+    return jnp.where(mask.astype(bool), x, 0.0)
 
 
 def drift(cur: Array, old: Array, mask: Array) -> Array:
     """Drift ``d = cur - old`` of the sampled tokens, ``[B, T]`` nats; 0 off the mask.
 
-    >>> drift(jnp.array([[-1., -3.]]), jnp.array([[-2., jnp.nan]]), jnp.array([[1, 0]]))
-    Array([[1., 0.]], dtype=float32)
+    >>> cur = jnp.array([[-1., -1., -1., -2., -2., -2.], [-1., -1., -1., -1., -9., jnp.nan]])
+    >>> old = jnp.array([[-1., -2., -3., -1., -2., -3.], [-1., -1., -2., -2., jnp.nan, -1.]])
+    >>> drift(cur, old, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))
+    Array([[ 0.,  1.,  2., -1.,  0.,  1.],
+           [ 0.,  0.,  1.,  1.,  0.,  0.]], dtype=float32)
     """
-    mask = mask.astype(bool)
-    return jnp.where(mask, cur, 0.0) - jnp.where(mask, old, 0.0)
+    return masked(cur, mask) - masked(old, mask)
 
 
 def _mean(d: Array, mask: Array, segments: Array) -> Array:
@@ -43,14 +57,31 @@ def _mean(d: Array, mask: Array, segments: Array) -> Array:
     return segment_total(d, ids) / jnp.maximum(count, 1)
 
 
+def _root(x: Array) -> Array:
+    """Square root whose gradient at 0 is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+
+
 # s of a segment, from the drift of its tokens. The paper uses the signed mean; it names the others
 # among its limitations.
 STATISTICS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "signed_mean": _mean,
     "mean_abs": lambda d, mask, segments: _mean(jnp.abs(d), mask, segments),
-    "rms": lambda d, mask, segments: jnp.sqrt(_mean(jnp.square(d), mask, segments)),
+    "rms": lambda d, mask, segments: _root(_mean(jnp.square(d), mask, segments)),
     "positive": lambda d, mask, segments: _mean(jnp.maximum(d, 0.0), mask, segments),
     "negative": lambda d, mask, segments: _mean(jnp.minimum(d, 0.0), mask, segments),
+}
+
+# g of a segment, from |s|, the least |s| of its scope, tau and a floor. Only ratios of g matter once it
+# is normalised: ``exp`` is relative to the least drifted segment, which no drift can underflow.
+MAPS: dict[str, Callable[[Array, Array, Any, float], Array]] = {
+    "exp": lambda size, least, tau, floor: jnp.exp(-tau * (size - least)),
+    "clipped_exp": lambda size, least, tau, floor: jnp.maximum(jnp.exp(-tau * size), floor),
+    # All or nothing at |s| = 1 / tau. The least drifted segment always stays, or nothing might; and with it
+    # those of equal drift, whose means over many tokens differ by rounding.
+    "hard": lambda size, least, tau, floor: (
+        tau * size <= jnp.maximum(1.0, tau * least * (1 + ROUNDING))
+    ).astype(size.dtype),
 }
 
 
@@ -66,13 +97,19 @@ def segment_score(d: Array, mask: Array, segments: Array, *, statistic: str = "s
     Raises:
       ValueError: an unknown statistic.
 
-    >>> d, ids = jnp.array([[1., -1., 4.]]), jnp.array([[0, 0, 1]])
-    >>> segment_score(d, jnp.ones((1, 3)), ids)
-    Array([[0., 0., 4.]], dtype=float32)
+    >>> d = jnp.array([[1., -1., 2., 4., 0., 6.], [-3., -1., 1., 2., 0., 0.]])
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
+    >>> segment_score(d, mask, segments)  # 1 and -1 cancel
+    Array([[ 0. ,  0. ,  3. ,  3. ,  3. ,  3. ],
+           [-2. , -2. ,  1.5,  1.5,  0. ,  0. ]], dtype=float32)
+    >>> segment_score(d, mask, segments, statistic="mean_abs")
+    Array([[1. , 1. , 3. , 3. , 3. , 3. ],
+           [2. , 2. , 1.5, 1.5, 0. , 0. ]], dtype=float32)
     """
     if statistic not in STATISTICS:
         raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}: got {statistic!r}")
-    return STATISTICS[statistic](d, mask, segments)
+    return STATISTICS[statistic](masked(d, mask), mask, segments)
 
 
 def gate(
@@ -81,31 +118,54 @@ def gate(
     mask: Array,
     segments: Array,
     *,
-    tau: float = 1.0,
+    tau: float | Array = 1.0,
     statistic: str = "signed_mean",
+    map: str = "exp",
+    floor: float = 0.1,
 ) -> Array:
-    """Gate ``g = exp(-tau |s|)`` of each token's segment, ``[B, T]`` in (0, 1]; 0 off the mask.
+    """Gate ``g`` of each token's segment, ``[B, T]`` in [0, 1]; 0 off the mask.
 
     Args:
       cur: ``[B, T]`` log-prob of the sampled token under the parameters being trained, nats.
       old: ``[B, T]`` the same under the behaviour policy.
       mask: ``[B, T]``, nonzero on response tokens.
       segments: ids ``[B, T]`` from `opd_jax.method.segments`.
-      tau: sharpness, 1 in the paper.
+      tau: sharpness per nat, 1 in the paper.
       statistic: a key of `STATISTICS`.
+      map: ``exp``, the paper's ``exp(-tau |s|)``; ``clipped_exp``, the same but at least ``floor``;
+        ``hard``, 1 where ``|s| <= 1 / tau`` and else 0.
+      floor: of ``clipped_exp``, in (0, 1].
 
-    >>> old, ids = jnp.zeros((1, 3)), jnp.array([[0, 0, 1]])
-    >>> gate(jnp.log(jnp.array([[2., 2., 1.]])), old, jnp.ones((1, 3)), ids).round(3)
-    Array([[0.5, 0.5, 1. ]], dtype=float32)
+    Raises:
+      ValueError: an unknown statistic or map, or a floor outside (0, 1].
+
+    >>> old = jnp.full((2, 6), -3.)
+    >>> cur = old + jnp.log(jnp.array([[2., 2., 2., .5, 1., 1.], [1., 1., 2., 2., 9., 9.]]))
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
+    >>> gate(cur, old, mask, segments)  # exp(-log 2); log 2 and log 1/2 cancel
+    Array([[0.5, 0.5, 1. , 1. , 1. , 1. ],
+           [1. , 1. , 0.5, 0.5, 0. , 0. ]], dtype=float32)
     """
-    return jnp.where(mask.astype(bool), jnp.exp(log_gate(cur, old, mask, segments, tau, statistic)), 0.0)
+    size = drift_size(cur, old, mask, segments, statistic)
+    return map_gate(size, jnp.zeros(()), mask, tau=tau, map=map, floor=floor)
 
 
-def log_gate(cur: Array, old: Array, mask: Array, segments: Array, tau: float, statistic: str) -> Array:
-    """``-tau |s|``, ``[B, T]``: the gate before the exponential, which may underflow."""
+def drift_size(cur: Array, old: Array, mask: Array, segments: Array, statistic: str) -> Array:
+    """``|s|`` of each token's segment, ``[B, T]`` nats, detached."""
     # The gate weighs the loss and is no part of it: detached here, once, for every way of using it.
     d = drift(jax.lax.stop_gradient(cur), jax.lax.stop_gradient(old), mask)
-    return -tau * jnp.abs(segment_score(d, mask, segments, statistic=statistic))
+    return jnp.abs(segment_score(d, mask, segments, statistic=statistic))
+
+
+def map_gate(size: Array, least: Array, mask: Array, *, tau: float | Array, map: str, floor: float) -> Array:
+    """``g`` from ``|s|``, relative to the ``least`` of the scope, ``[B, T]``; 0 off the mask."""
+    if map not in MAPS:
+        raise ValueError(f"map must be one of {', '.join(MAPS)}: got {map!r}")
+    if not 0 < floor <= 1:
+        raise ValueError(f"floor must lie in (0, 1]: got {floor}; 1 switches the gate off")
+    # A temperature that is learnt, or found from the drift, is no path for a gradient either.
+    return masked(MAPS[map](size, least, jax.lax.stop_gradient(tau), floor), mask)
 
 
 def normalise(
@@ -135,30 +195,52 @@ def normalise(
     Raises:
       ValueError: an unknown scope.
 
-    >>> normalise(jnp.array([[1., 3., 9.]]), jnp.array([[1, 1, 0]]))
-    Array([[0.5, 1.5, 0. ]], dtype=float32)
+    >>> g = jnp.array([[.5, .5, 1., 1., 1., 1.], [1., 1., .5, .5, 9., 9.]])
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> normalise(g, mask)  # gbar = 8 / 10
+    Array([[0.625, 0.625, 1.25 , 1.25 , 1.25 , 1.25 ],
+           [1.25 , 1.25 , 0.625, 0.625, 0.   , 0.   ]], dtype=float32)
+    >>> normalise(g, mask, scope="sequence")  # gbar = 5 / 6 and 3 / 4
+    Array([[0.6   , 0.6   , 1.2   , 1.2   , 1.2   , 1.2   ],
+           [1.3333, 1.3333, 0.6667, 0.6667, 0.    , 0.    ]], dtype=float32)
     """
-    mask = mask.astype(bool)
-    g = jnp.where(mask, g, 0.0)
+    g = masked(g, mask)
     if scope == "none":
         return g
-    total, count = _scope_sums(g, mask, scope, sequence_ids, axis_name)
+    total = scope_total(g, mask, scope, sequence_ids, axis_name)
+    count = scope_count(mask, scope, sequence_ids, axis_name)
     return g / (total / (count + eps) + eps)
 
 
-def _scope_sums(
-    g: Array, mask: Array, scope: str, sequence_ids: Array | None, axis_name: str | None
-) -> tuple[Array, Array]:
-    """Sum of ``g`` and number of valid tokens over the scope, broadcastable to ``[B, T]``."""
-    if scope == "sequence":
-        ids = sequence_segments(mask, sequence_ids)
-        return segment_total(g, ids), segment_total(mask, ids)
-    if scope not in ("microbatch", "minibatch"):
-        raise ValueError(f"scope must be none, sequence, microbatch or minibatch: got {scope!r}")
-    total, count = jnp.sum(g), jnp.sum(mask)
-    if axis_name is not None and scope == "minibatch":
-        total, count = jax.lax.psum((total, count), axis_name)
-    return total, count
+def relative_gate(
+    cur: Array,
+    old: Array,
+    mask: Array,
+    segments: Array,
+    *,
+    tau: float | Array = 1.0,
+    statistic: str = "signed_mean",
+    map: str = "exp",
+    floor: float = 0.1,
+    scope: Scope = "minibatch",
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    """The gate up to a factor that `normalise` cancels: ``exp(-tau (|s| - min |s|))``, ``[B, T]``.
+
+    The minimum runs over the scope, so that a drift of thousands of nats cannot underflow the mean to
+    zero. Control arms (`opd_jax.method.controls`) are made from this. Arguments are those of `gate`
+    and `normalise`.
+
+    >>> cur, old = jnp.array([[-900.], [-901.]]) * jnp.ones((2, 6)), jnp.zeros((2, 6))
+    >>> segments = jnp.zeros((2, 6), int)
+    >>> relative_gate(cur, old, jnp.ones((2, 6)), segments)  # exp(-901) is 0 in float32, exp(-1) is not
+    Array([[1.    , 1.    , 1.    , 1.    , 1.    , 1.    ],
+           [0.3679, 0.3679, 0.3679, 0.3679, 0.3679, 0.3679]], dtype=float32)
+    """
+    size = drift_size(cur, old, mask, segments, statistic)
+    least = scope_least(size, mask, scope, sequence_ids, axis_name)
+    return map_gate(size, least, mask, tau=tau, map=map, floor=floor)
 
 
 def drift_gate(
@@ -167,8 +249,10 @@ def drift_gate(
     mask: Array,
     segments: Array,
     *,
-    tau: float = 1.0,
+    tau: float | Array = 1.0,
     statistic: str = "signed_mean",
+    map: str = "exp",
+    floor: float = 0.1,
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
@@ -176,35 +260,28 @@ def drift_gate(
 ) -> Array:
     """The drift gate of arXiv 2606.24084: detached weights ``w = sg(g / gbar)``, ``[B, T]``.
 
-    Equal to ``normalise(gate(...))`` up to eps, but exponentiates ``-tau (|s| - min |s|)`` with the
-    minimum over the scope: the normaliser cancels the shift, and a drift of thousands of nats cannot
-    underflow the mean to zero. Arguments are those of `gate` and `normalise`.
+    Equal to ``normalise(gate(...))`` up to eps, and safe from underflow (`relative_gate`). Arguments
+    are those of `gate` and `normalise`.
 
-    >>> old, ids = jnp.zeros((1, 3)), jnp.array([[0, 0, 1]])
-    >>> drift_gate(jnp.log(jnp.array([[2., 2., 1.]])), old, jnp.ones((1, 3)), ids)
-    Array([[0.75, 0.75, 1.5 ]], dtype=float32)
+    >>> old = jnp.full((2, 6), -3.)
+    >>> cur = old + jnp.log(jnp.array([[2., 2., 2., .5, 1., 1.], [1., 1., 2., 2., 9., 9.]]))
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
+    >>> drift_gate(cur, old, mask, segments)  # g = 1/2 on four tokens, 1 on six: over 8 / 10
+    Array([[0.625, 0.625, 1.25 , 1.25 , 1.25 , 1.25 ],
+           [1.25 , 1.25 , 0.625, 0.625, 0.   , 0.   ]], dtype=float32)
     """
-    inside = mask.astype(bool)
-    log_g = log_gate(cur, old, mask, segments, tau, statistic)
-    if scope != "none":
-        log_g -= _scope_max(log_g, inside, scope, sequence_ids, axis_name)
-    return normalise(
-        jnp.exp(jnp.where(inside, log_g, 0.0)),
+    g = relative_gate(
+        cur,
+        old,
         mask,
+        segments,
+        tau=tau,
+        statistic=statistic,
+        map=map,
+        floor=floor,
         scope=scope,
         sequence_ids=sequence_ids,
         axis_name=axis_name,
-        eps=eps,
     )
-
-
-def _scope_max(
-    log_g: Array, mask: Array, scope: str, sequence_ids: Array | None, axis_name: str | None
-) -> Array:
-    """Largest ``log_g`` of the scope's valid tokens, finite even where there are none."""
-    if scope == "sequence":
-        return segment_largest(log_g, sequence_segments(mask, sequence_ids))
-    largest = jnp.max(jnp.where(mask, log_g, -jnp.inf))
-    if axis_name is not None and scope == "minibatch":
-        largest = jax.lax.pmax(largest, axis_name)
-    return jnp.where(jnp.isfinite(largest), largest, 0.0)
+    return normalise(g, mask, scope=scope, sequence_ids=sequence_ids, axis_name=axis_name, eps=eps)

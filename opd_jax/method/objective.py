@@ -8,12 +8,14 @@ is ``[B, T]``, every log-probability a float32 nat at the sampling temperature.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.gates import EPS, Scope, drift, drift_gate
+from opd_jax.method.gates import EPS, drift, masked, normalise, relative_gate
+from opd_jax.method.scope import Scope
 from opd_jax.method.segments import segment_total, sequence_segments
 
 Array = jax.Array
@@ -35,13 +37,10 @@ def objective(
     base: Array,
     segments: Array | None,
     *,
-    tau: float = 1.0,
-    statistic: str = "signed_mean",
-    scope: Scope = "minibatch",
     reduction: Reduction = "token_mean",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
-    eps: float = EPS,
+    **gate: Any,
 ) -> Objective:
     """Gate a base loss by drift and average it over the response tokens.
 
@@ -51,75 +50,149 @@ def objective(
       mask: m, nonzero on response tokens.
       base: an unreduced loss from `opd_jax.method.losses`.
       segments: ids from `opd_jax.method.segments`; None for no gate.
-      tau, statistic, scope, eps: of the gate, see `drift_gate`.
       reduction: ``token_mean``, or ``seq_mean_token_mean``, the mean over sequences of their token means.
         The paper's formula is the first; its code base averages micro-batches of one sequence, which
         is the second with ``scope="sequence"``.
       sequence_ids: of packed rows, to tell sequences apart; by default a row is one.
-      axis_name: mapped axis to sum over under shard_map or pmap.
+      axis_name: mapped axis to sum over under shard_map or pmap. The loss is then one number on all
+        devices, and its gradient is right after ``jax.lax.pmean`` over the axis.
+      gate: tau, statistic, map, floor, scope, eps, reweigh and bound of `drift_weights`.
 
-    >>> cur, old = jnp.log(jnp.array([[2., 1.]])), jnp.zeros((1, 2))
-    >>> objective(cur, old, jnp.ones((1, 2)), jnp.array([[3., 6.]]), jnp.array([[0, 1]])).loss
+    >>> old = jnp.full((2, 6), -3.)
+    >>> cur = old + jnp.log(jnp.array([[2., 2., 1., 1., 1., 1.], [1., 1., 2., 2., 9., 9.]]))
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
+    >>> base = jnp.array([[8., 8., 4., 4., 4., 4.], [4., 4., 8., 8., 99., 99.]])
+    >>> objective(cur, old, mask, base, segments).loss  # w = 5/8 or 5/4: every token costs 5
     Array(5., dtype=float32)
+    >>> objective(cur, old, mask, base, None).loss  # 56 / 10
+    Array(5.6, dtype=float32)
+    """
+    d, w = drift_weights(cur, old, mask, segments, sequence_ids=sequence_ids, axis_name=axis_name, **gate)
+    # L = sum(m w base) / sum(m): the only division by a token count, over the whole batch.
+    loss = weighted_loss(base, w, mask, reduction=reduction, sequence_ids=sequence_ids, axis_name=axis_name)
+    return Objective(loss=loss, drift=d, weights=w)
+
+
+def drift_weights(
+    cur: Array,
+    old: Array,
+    mask: Array,
+    segments: Array | None,
+    *,
+    tau: float | Array = 1.0,
+    statistic: str = "signed_mean",
+    map: str = "exp",
+    floor: float = 0.1,
+    scope: Scope = "minibatch",
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+    eps: float = EPS,
+    reweigh: Callable[[Array], Array] | None = None,
+    bound: Callable[[Array], Array] | None = None,
+) -> tuple[Array, Array]:
+    """Drift ``d`` and weights ``w`` of a batch, ``[B, T]`` each, detached and 0 off the mask.
+
+    Args:
+      cur, old, mask, segments, sequence_ids, axis_name: as in `objective`.
+      tau, statistic, map, floor: of the gate, see `relative_gate`.
+      scope, eps: of the normaliser, see `normalise`.
+      reweigh: g to another g before the normaliser: a control arm (`opd_jax.method.controls`), or
+        further weights (`combine`).
+      bound: w to w after it: `clip_weights`, `residual`.
+
+    >>> old = jnp.full((2, 6), -3.)
+    >>> cur = old + jnp.log(jnp.array([[2., 2., 1., 1., 1., 1.], [1., 1., 2., 2., 9., 9.]]))
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
+    >>> drift_weights(cur, old, mask, segments)[1]  # 1/2 on four tokens, 1 on six: over 8 / 10
+    Array([[0.625, 0.625, 1.25 , 1.25 , 1.25 , 1.25 ],
+           [1.25 , 1.25 , 0.625, 0.625, 0.   , 0.   ]], dtype=float32)
     """
     m = mask.astype(bool)
 
     # d = cur - old: how far the policy has moved on the token it sampled.
     d = jax.lax.stop_gradient(drift(cur, old, m))
 
-    # s = mean_segment d,  g = exp(-tau |s|),  w = sg(g / gbar): far segments count less, mean one.
-    w = (
-        m.astype(jnp.float32)
-        if segments is None
-        else drift_gate(
+    # s = mean_segment d,  g = exp(-tau |s|): segments that drifted far count less.
+    g = m.astype(jnp.float32)
+    if segments is not None:
+        g = relative_gate(
             cur,
             old,
             m,
             segments,
             tau=tau,
             statistic=statistic,
+            map=map,
+            floor=floor,
             scope=scope,
             sequence_ids=sequence_ids,
             axis_name=axis_name,
-            eps=eps,
         )
-    )
+    if reweigh is not None:
+        g = reweigh(g)
 
-    # L = sum(m w base) / sum(m): the only division by a token count, over the whole batch.
-    gated = w * jnp.where(m, base, 0.0)
+    # w = sg(g / gbar): mean one.
+    w = normalise(g, m, scope=scope, sequence_ids=sequence_ids, axis_name=axis_name, eps=eps)
+    return d, w if bound is None else bound(w)
+
+
+def weighted_loss(
+    base: Array,
+    w: Array,
+    mask: Array,
+    *,
+    reduction: Reduction = "token_mean",
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    """A base loss under any weights, reduced to a scalar; arguments as in `objective`.
+
+    >>> base = jnp.array([[8., 8., 4., 4., 4., 4.], [4., 4., 8., 8., 99., 99.]])
+    >>> w = jnp.array([[.5, .5, .5, .5, .5, .5], [2., 2., 1., 1., 0., 0.]])
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> weighted_loss(base, w, mask)  # (16 + 32) / 10
+    Array(4.8, dtype=float32)
+    >>> weighted_loss(base, w, mask, reduction="seq_mean_token_mean")  # (16 / 6 + 32 / 4) / 2
+    Array(5.3333, dtype=float32)
+    """
+    share = token_share(mask, reduction=reduction, sequence_ids=sequence_ids)
+    total, count = jnp.sum(share * masked(w, mask) * masked(base, mask)), jnp.sum(share)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / (count + EPS)
+
+
+def token_share(
+    mask: Array, *, reduction: Reduction = "token_mean", sequence_ids: Array | None = None
+) -> Array:
+    """How much a token counts in the mean, ``[B, T]``: 1, or 1 over the length of its sequence.
+
+    Sums of it are what `weighted_loss` divides by: tokens, or sequences.
+
+    Raises:
+      ValueError: an unknown reduction.
+
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+    >>> token_share(mask, reduction="seq_mean_token_mean")
+    Array([[0.2 , 0.2 , 0.2 , 0.2 , 0.2 , 0.  ],
+           [0.25, 0.25, 0.25, 0.25, 0.  , 0.  ]], dtype=float32)
+    """
+    m = mask.astype(bool)
     if reduction == "token_mean":
-        loss = token_mean(gated, m, axis_name)
-    elif reduction == "seq_mean_token_mean":
-        loss = sequence_mean(gated, m, sequence_ids, axis_name)
-    else:
-        raise ValueError(f"reduction must be token_mean or seq_mean_token_mean: got {reduction!r}")
-    return Objective(loss=loss, drift=d, weights=w)
+        return m.astype(jnp.float32)
+    if reduction == "seq_mean_token_mean":
+        length = segment_total(m, sequence_segments(m, sequence_ids))
+        return masked(1.0 / jnp.maximum(length, 1), m).astype(jnp.float32)
+    raise ValueError(f"reduction must be token_mean or seq_mean_token_mean: got {reduction!r}")
 
 
 def token_mean(values: Array, mask: Array, axis_name: str | None = None) -> Array:
     """``sum(m * values) / (sum(m) + eps)`` over the whole batch, all devices of ``axis_name`` included.
 
-    >>> token_mean(jnp.array([[1., 3., 99.]]), jnp.array([[1, 1, 0]]))
-    Array(2., dtype=float32)
+    >>> base = jnp.array([[8., 8., 4., 4., 4., 4.], [4., 4., 8., 8., 99., 99.]])
+    >>> token_mean(base, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))  # 56 / 10
+    Array(5.6, dtype=float32)
     """
-    return _weighted_mean(values, mask.astype(jnp.float32), axis_name)
-
-
-def sequence_mean(
-    values: Array, mask: Array, sequence_ids: Array | None = None, axis_name: str | None = None
-) -> Array:
-    """The mean over sequences of the mean over each one's tokens; long ones count no more than short.
-
-    >>> sequence_mean(jnp.array([[1., 3.], [8., 99.]]), jnp.array([[1, 1], [1, 0]]))
-    Array(5., dtype=float32)
-    """
-    length = segment_total(mask.astype(bool), sequence_segments(mask, sequence_ids))
-    return _weighted_mean(values, jnp.where(mask.astype(bool), 1.0 / jnp.maximum(length, 1), 0.0), axis_name)
-
-
-def _weighted_mean(values: Array, share: Array, axis_name: str | None) -> Array:
-    total = jnp.sum(share * jnp.where(share > 0, values, 0.0))
-    count = jnp.sum(share)
-    if axis_name is not None:
-        total, count = jax.lax.psum((total, count), axis_name)
-    return total / (count + EPS)
+    return weighted_loss(values, mask.astype(jnp.float32), mask, axis_name=axis_name)

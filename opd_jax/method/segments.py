@@ -7,6 +7,7 @@ along a row; -1 marks positions off the mask. No segment crosses a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ Array = jax.Array
 def every_token(mask: Array) -> Array:
     """One segment a token (Token-Gate).
 
-    >>> every_token(jnp.array([[0, 1, 1, 0, 1, 0]]))
-    Array([[-1,  0,  1, -1,  2, -1]], dtype=int32)
+    >>> every_token(jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]))
+    Array([[-1,  0,  1,  2,  3,  4],
+           [ 0,  1, -1,  2,  3, -1]], dtype=int32)
     """
     mask = mask.astype(bool)
     return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
@@ -27,11 +29,14 @@ def every_token(mask: Array) -> Array:
 def whole_sequence(mask: Array, *, sequence_ids: Array | None = None) -> Array:
     """One segment a sequence (Sequence-Gate).
 
-    >>> whole_sequence(jnp.array([[0, 1, 1, 0, 1, 0]]))
-    Array([[-1,  0,  0, -1,  0, -1]], dtype=int32)
+    >>> mask = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
+    >>> packed = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2]])  # two sequences in the second row
+    >>> whole_sequence(mask, sequence_ids=packed)
+    Array([[-1,  0,  0,  0,  0,  0],
+           [ 0,  0, -1,  1,  1, -1]], dtype=int32)
     """
     mask = mask.astype(bool)
-    return _number(_first_response(mask, sequence_ids), mask)
+    return _number(first_response(mask, sequence_ids), mask)
 
 
 def fixed_blocks(mask: Array, size: int, *, sequence_ids: Array | None = None) -> Array:
@@ -48,13 +53,14 @@ def fixed_blocks(mask: Array, size: int, *, sequence_ids: Array | None = None) -
     Raises:
       ValueError: ``size`` is below 1.
 
-    >>> fixed_blocks(jnp.array([[0, 1, 1, 0, 1, 0]]), 2)
-    Array([[-1,  0,  0, -1,  1, -1]], dtype=int32)
+    >>> fixed_blocks(jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]), 2)  # the hole shares its block
+    Array([[-1,  0,  0,  1,  1,  2],
+           [ 0,  0, -1,  1,  2, -1]], dtype=int32)
     """
     if size < 1:
         raise ValueError(f"a block holds at least one position: got size {size}; give 1 or more")
     mask = mask.astype(bool)
-    first = _first_response(mask, sequence_ids)
+    first = first_response(mask, sequence_ids)
     position = jnp.arange(mask.shape[1])
     start = jax.lax.cummax(jnp.where(first, position, -1), axis=1)
     within = start >= 0
@@ -88,9 +94,12 @@ def newline_spans(
     Raises:
       ValueError: the thresholds are out of order.
 
-    >>> mask, newline = jnp.array([[0, 1, 1, 1, 1, 1]]), jnp.array([[0, 0, 1, 0, 1, 0]])
-    >>> newline_spans(newline, mask, minimum=2, maximum=4)
-    Array([[-1,  0,  0,  1,  1,  1]], dtype=int32)
+    >>> newline = jnp.array([[1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]])
+    >>> newline_spans(newline, jnp.ones((2, 6)), minimum=2, maximum=4, chunk=4)
+    Array([[0, 0, 0, 1, 1, 1],
+           [0, 0, 0, 0, 1, 1]], dtype=int32)
+
+    The first line is too short and joins the second; after the third one token would be left.
     """
     if not (1 <= minimum <= maximum and chunk >= 1):
         raise ValueError(
@@ -98,8 +107,8 @@ def newline_spans(
             f"{maximum}, chunk {chunk}; put them in order"
         )
     mask = mask.astype(bool)
-    newline = is_newline.astype(bool) & mask
-    first = _first_response(mask, sequence_ids)
+    newline = is_newline.astype(bool)
+    first = first_response(mask, sequence_ids)
     sequence = _number(first, mask)
     left = segment_total(mask, sequence) - _count_within(mask, first)
     may_close = newline & (left >= minimum)
@@ -114,9 +123,82 @@ def newline_spans(
         closes = jnp.where(has_newline, by_line, length == chunk)
         return (length, jnp.where(valid, closes, closed)), opens
 
-    start = (jnp.zeros(mask.shape[0], jnp.int32), jnp.zeros(mask.shape[0], bool))
+    none = _zero_a_row(mask)
+    start = (none, none > 0)
     columns = tuple(x.T for x in (first, mask, may_close, has_newline))
     _, opens = jax.lax.scan(step, start, columns)
+    return _number(opens.T, mask)
+
+
+def cusum_spans(
+    d: Array,
+    mask: Array,
+    *,
+    slack: float = 0.5,
+    limit: float = 4.0,
+    minimum: int = 16,
+    maximum: int = 128,
+    sequence_ids: Array | None = None,
+) -> Array:
+    """Adaptive spans whose borders follow the drift: Page's cumulative sums (Biometrika 41, 1954).
+
+    Drift is measured in units of its root mean square over the sequence, ``z``. Within an open span of
+    mean ``z``-bar so far, two sums watch for a shift of the mean, ``up = max(0, up + z - zbar - slack)``
+    and ``down = max(0, down - z + zbar - slack)``; the span closes after a token at which either exceeds
+    ``limit``, if it holds ``minimum`` tokens and at least as many are left in its sequence, and in any
+    case at ``maximum`` tokens. The rule does not depend on the scale of drift; without drift spans are
+    of ``maximum`` tokens. Slack and limit are the customary half and four standard deviations. The paper
+    has no such spans; this is ours.
+
+    Args:
+      d: drift ``[B, T]`` nats, detached.
+      mask: ``[B, T]``, nonzero on response tokens; only these count towards a length.
+      slack, limit: in root mean squares of drift, limit > 0 and slack >= 0.
+      minimum, maximum: tokens, 1 <= minimum <= maximum.
+      sequence_ids: ``[B, T]`` int32 of packed rows; by default a row is one sequence.
+
+    Raises:
+      ValueError: the thresholds are out of order.
+
+    >>> d = jnp.array([[0., 0., 0., 1., 1., 1.], [1., 1., 1., 1., 1., 1.]])
+    >>> cusum_spans(d, jnp.ones((2, 6)), limit=0.5, minimum=2)
+    Array([[0, 0, 0, 0, 1, 1],
+           [0, 0, 0, 0, 0, 0]], dtype=int32)
+
+    The root mean square of the first row is 0.71: its fourth token stands 1.41 above the mean of the
+    span, and ``up = 1.41 - 0.5`` exceeds the limit.
+    """
+    if not (1 <= minimum <= maximum and slack >= 0 and limit > 0):
+        raise ValueError(
+            f"spans need 1 <= minimum <= maximum, slack >= 0 and limit > 0: got minimum {minimum}, "
+            f"maximum {maximum}, slack {slack}, limit {limit}; put them in order"
+        )
+    mask = mask.astype(bool)
+    d = jax.lax.stop_gradient(d)
+    first = first_response(mask, sequence_ids)
+    sequence = _number(first, mask)
+    tokens = segment_total(mask, sequence)
+    square = segment_total(jnp.square(d), sequence) / jnp.maximum(tokens, 1)
+    z = jnp.where(square > 0, d / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    may_close = tokens - _count_within(mask, first) >= minimum
+
+    def step(carry: Any, now: tuple[Array, ...]) -> tuple[Any, Array]:
+        length, total, up, down, closed = carry  # of the open span; whether the last token closed it
+        first, valid, may_close, z = now
+        opens = valid & (first | closed)
+        length, total, up, down = (jnp.where(opens, 0, x) for x in (length, total, up, down))
+        shift = jnp.where(length > 0, z - total / jnp.maximum(length, 1), 0.0)
+        up = jnp.where(valid, jnp.maximum(0.0, up + shift - slack), up)  # a hole is no sample
+        down = jnp.where(valid, jnp.maximum(0.0, down - shift - slack), down)
+        length, total = length + valid, total + jnp.where(valid, z, 0.0)
+        shifted = ((up > limit) | (down > limit)) & (length >= minimum) & may_close
+        closed = jnp.where(valid, shifted | (length == maximum), closed)
+        return (length, total, up, down, closed), opens
+
+    none = _zero_a_row(mask)
+    zero = none.astype(jnp.float32)
+    start = (none, zero, zero, zero, none > 0)
+    _, opens = jax.lax.scan(step, start, tuple(x.T for x in (first, mask, may_close, z)))
     return _number(opens.T, mask)
 
 
@@ -131,8 +213,10 @@ def segment_total(values: Array, segments: Array) -> Array:
 
     Values at positions of segment -1 are never read, be they NaN or not.
 
-    >>> segment_total(jnp.array([[9, 1, 2, 3]]), jnp.array([[-1, 0, 0, 1]]))
-    Array([[0, 3, 3, 3]], dtype=int32)
+    >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, jnp.nan]])
+    >>> segment_total(x, jnp.array([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, -1, -1]]))
+    Array([[ 6.,  6.,  6., 15., 15., 15.],
+           [15., 15., 19., 19.,  0.,  0.]], dtype=float32)
     """
     if values.dtype == bool:
         values = values.astype(jnp.int32)
@@ -140,30 +224,48 @@ def segment_total(values: Array, segments: Array) -> Array:
 
 
 def segment_largest(values: Array, segments: Array) -> Array:
-    """Largest of ``values`` over each position's segment, ``[B, T]``; 0 outside all segments."""
+    """Largest of ``values`` over each position's segment, ``[B, T]``; 0 outside all segments.
+
+    >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, jnp.nan]])
+    >>> segment_largest(x, jnp.array([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, -1, -1]]))
+    Array([[ 3.,  3.,  3.,  6.,  6.,  6.],
+           [ 8.,  8., 10., 10.,  0.,  0.]], dtype=float32)
+    """
     return _over_segments(jax.ops.segment_max, values, segments)
 
 
 def _over_segments(reduce: Callable[..., Array], values: Array, segments: Array) -> Array:
     inside = segments >= 0
-    # Positions outside share one bucket more, which nothing reads.
-    bucket = jnp.where(inside, segments, segments.shape[1])
+    # Positions outside share one bucket more, which nothing reads. Ids run up to T: sequences count from 1.
+    bucket = jnp.where(inside, segments, segments.shape[1] + 1)
     values = jnp.where(inside, values, 0)
 
     def row(values: Array, bucket: Array) -> Array:
-        return reduce(values, bucket, num_segments=values.shape[0] + 1)[bucket]
+        return reduce(values, bucket, num_segments=values.shape[0] + 2)[bucket]
 
     return jnp.where(inside, jax.vmap(row)(values, bucket), 0)
 
 
-def _first_response(mask: Array, sequence_ids: Array | None) -> Array:
-    """True at the first response token of each sequence, ``[B, T]``."""
+def first_response(mask: Array, sequence_ids: Array | None) -> Array:
+    """True at the first response token of each sequence, ``[B, T]``.
+
+    >>> mask = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
+    >>> first_response(mask, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2]])).astype(int)
+    Array([[0, 1, 0, 0, 0, 0],
+           [1, 0, 0, 1, 0, 0]], dtype=int32)
+    """
+    mask = mask.astype(bool)
     count = jnp.cumsum(mask, axis=1)
     if sequence_ids is None:
         return mask & (count == 1)
     starts = jnp.diff(sequence_ids, axis=1, prepend=sequence_ids[:, :1] - 1) != 0
     before = jax.lax.cummax(jnp.where(starts, count - mask, -1), axis=1)
     return mask & (count == before + 1)
+
+
+def _zero_a_row(mask: Array) -> Array:
+    """Zeros ``[B]`` to start a scan from: of the mask, as under shard_map a carry must vary as it does."""
+    return 0 * jnp.sum(mask, axis=1)
 
 
 def _count_within(mask: Array, first: Array) -> Array:

@@ -1,144 +1,295 @@
 """The gate against loops, its limits, and what may never reach it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from opd_jax.method import STATISTICS, drift_gate, every_token, fixed_blocks, gate, normalise, whole_sequence
-from tests import oracle_numpy
-
-SHAPE = (3, 12)
-nats = arrays(np.float32, SHAPE, elements=st.floats(-4, 0, width=32))
-masks = arrays(bool, SHAPE).filter(lambda m: m.any())
-fast = settings(max_examples=40, deadline=None)
-
-
-@fast
-@given(
-    nats, nats, masks, st.sampled_from(sorted(STATISTICS)), st.sampled_from(["none", "sequence", "minibatch"])
+from opd_jax.method import (
+    MAPS,
+    STATISTICS,
+    drift,
+    drift_gate,
+    every_token,
+    fixed_blocks,
+    gate,
+    masked,
+    normalise,
+    relative_gate,
+    scope_count,
+    scope_least,
+    scope_total,
+    segment_score,
+    whole_sequence,
 )
-def test_weights_are_the_printed_formula(cur, old, mask, statistic, scope):
-    segments = fixed_blocks(jnp.array(mask), 5)
-    got = drift_gate(cur, old, jnp.array(mask), segments, tau=0.7, statistic=statistic, scope=scope)
-    want = oracle_numpy.gate_weights(cur, old, mask, np.asarray(segments), 0.7, statistic, scope)
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
+from tests.method.batches import (
+    LENGTH,
+    SHAPE,
+    close,
+    compiled,
+    few,
+    fewer,
+    masks,
+    nats,
+    packings,
+    typical,
+    wild,
+)
+from tests.oracle import gates as oracle
+
+SCOPES = ("sequence", "microbatch", "minibatch")
+statistics, maps = st.sampled_from(sorted(STATISTICS)), st.sampled_from(sorted(MAPS))
+scopes = st.sampled_from(SCOPES)
 
 
-@fast
-@given(nats, nats, masks)
-def test_composition_equals_the_stable_form(cur, old, mask):
-    mask = jnp.array(mask)
-    segments = fixed_blocks(mask, 4)
-    composed = normalise(gate(cur, old, mask, segments), mask)
-    np.testing.assert_allclose(drift_gate(cur, old, mask, segments), composed, rtol=1e-5)
+@pytest.mark.parametrize("statistic", STATISTICS)
+@fewer
+@given(nats, nats, packings())
+def test_drift_and_scores_are_the_formulas(statistic, cur, old, packing):
+    mask, ids = packing
+    segments = np.asarray(compiled(fixed_blocks, size=4)(mask, sequence_ids=ids))
+    d = compiled(drift)(np.where(mask, cur, np.nan), np.where(mask, old, np.inf), mask)
+    np.testing.assert_allclose(d, oracle.drift(cur, old, mask), atol=1e-6)
+    want = oracle.over_segments(d, mask, segments, oracle.STATISTICS[statistic])
+    close(compiled(segment_score, statistic=statistic)(d, mask, segments), want)
+    # Tokens that leave the mask after segments were made leave the mean too.
+    left = mask & (np.arange(LENGTH) % 3 > 0)
+    want = oracle.over_segments(d, left, segments, oracle.STATISTICS[statistic])
+    close(compiled(segment_score, statistic=statistic)(np.where(left, d, np.nan), left, segments), want)
 
 
-@fast
-@given(nats, nats, masks)
-def test_mean_one_nonnegative_and_zero_behind_the_mask(cur, old, mask):
-    w = np.asarray(drift_gate(cur, old, jnp.array(mask), fixed_blocks(jnp.array(mask), 4)))
-    assert (w >= 0).all()
-    assert (w[~mask] == 0).all()
-    np.testing.assert_allclose(w.sum(), mask.sum(), rtol=1e-5)
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("scope", [*SCOPES, "none"])
+@fewer
+@given(typical(-3, 0), typical(-3, 0), packings())
+def test_gates_and_weights_are_the_printed_formulas(scope, map, statistic, cur, old, packing):
+    mask, ids = packing
+    segments = np.asarray(compiled(fixed_blocks, size=5)(mask, sequence_ids=ids))
+    options = {"statistic": statistic, "map": map, "floor": 0.3}
+    got = compiled(gate, **options)(cur, old, mask, segments, tau=0.7)
+    close(got, oracle.gate(cur, old, mask, segments, 0.7, **options))
+    got = compiled(drift_gate, scope=scope, **options)(cur, old, mask, segments, tau=0.7, sequence_ids=ids)
+    close(got, oracle.drift_gate(cur, old, mask, segments, scope, ids, tau=0.7, **options))
 
 
-@fast
-@given(nats, st.floats(-3, 3, width=32), masks)
-def test_equal_drift_on_every_token_weighs_all_the_same(cur, shift, mask):
-    w = drift_gate(cur, cur + np.float32(shift), jnp.array(mask), every_token(jnp.array(mask)))
-    np.testing.assert_allclose(w, mask.astype(np.float32), atol=1e-5)
+@few
+@given(typical(0, 1), packings(), scopes)
+def test_the_normaliser_is_the_printed_formula(g, packing, scope):
+    mask, ids = packing
+    got = compiled(normalise, scope=scope)(np.where(mask, g, np.nan), mask, sequence_ids=ids)
+    close(got, oracle.normalise(g, mask, scope, ids))
 
 
-def test_no_drift_is_exactly_one():
-    cur, mask = jnp.array(np.random.default_rng(0).normal(size=SHAPE)), jnp.ones(SHAPE)
-    w = drift_gate(cur, cur, mask, fixed_blocks(mask, 5))
-    assert (np.asarray(w) == 1.0).all()
+@few
+@given(typical(-2, 2), packings(), scopes)
+def test_sums_and_extremes_over_a_scope(x, packing, scope):
+    mask, ids = packing
+    dirty = np.where(mask, x, np.nan)
+    for function, over in ((scope_total, sum), (scope_least, min), (scope_count, len)):
+        arrays = (mask,) if function is scope_count else (dirty, mask)
+        got = compiled(function, scope=scope, axis_name=None)(*arrays, sequence_ids=ids)
+        got = np.broadcast_to(got, SHAPE)
+        for positions in oracle.scopes(mask, scope, ids):
+            want = over([float(x[at]) for at in positions]) if positions else 0
+            np.testing.assert_allclose([got[at] for at in positions], want, rtol=1e-5, atol=1e-6)
+        if scope == "sequence":
+            assert not got[~mask].any()
+    assert scope_least(x, mask, "none", ids, None) == 0
 
 
-@fast
-@given(nats, nats, masks)
-def test_block_one_is_the_token_gate_and_a_long_block_the_sequence_gate(cur, old, mask):
-    mask = jnp.array(mask)
-    for blocks, other in ((1, every_token(mask)), (SHAPE[1], whole_sequence(mask))):
-        np.testing.assert_array_equal(
-            drift_gate(cur, old, mask, fixed_blocks(mask, blocks)), drift_gate(cur, old, mask, other)
-        )
+@few
+@given(nats, nats, masks, scopes)
+def test_the_stable_form_is_the_composition(cur, old, mask, scope):
+    segments = compiled(fixed_blocks, size=4)(mask)
+    composed = compiled(normalise, scope=scope)(compiled(gate)(cur, old, mask, segments), mask)
+    relative = compiled(relative_gate, scope=scope)(cur, old, mask, segments)
+    w = compiled(drift_gate, scope=scope)(cur, old, mask, segments)
+    np.testing.assert_allclose(w, composed, rtol=1e-5)
+    np.testing.assert_allclose(w, compiled(normalise, scope=scope)(relative, mask), rtol=1e-6)
+    assert not mask.any() or np.max(relative) == 1  # the least drifted segment
 
 
-def test_a_sequence_gate_normalised_per_sequence_does_nothing():
-    rng = np.random.default_rng(1)
-    cur, old, mask = rng.normal(size=SHAPE), rng.normal(size=SHAPE), jnp.ones(SHAPE)
-    w = drift_gate(cur, old, mask, whole_sequence(mask), scope="sequence")
-    np.testing.assert_allclose(w, 1.0, rtol=1e-6)
+@few
+@given(wild, wild, packings(), statistics, maps, scopes)
+def test_mean_one_nonnegative_and_finite_at_any_drift(cur, old, packing, statistic, map, scope):
+    mask, ids = packing
+    segments = compiled(fixed_blocks, size=3)(mask, sequence_ids=ids)
+    w = compiled(drift_gate, statistic=statistic, map=map, scope=scope)(
+        np.where(mask, cur, np.nan), np.where(mask, old, -np.inf), mask, segments, sequence_ids=ids
+    )
+    chex.assert_tree_all_finite(w)
+    assert np.min(w) >= 0
+    assert not np.any(np.asarray(w)[~mask])
+    for positions in oracle.scopes(mask, scope, ids):
+        np.testing.assert_allclose(sum(float(w[at]) for at in positions), len(positions), rtol=1e-5)
+
+
+@few
+@given(nats, typical(-3, 3, ()) | st.floats(-3, 3, width=32), masks, statistics, maps, scopes)
+def test_equal_drift_weighs_all_the_same(old, shift, mask, statistic, map, scope):
+    segments = compiled(fixed_blocks, size=7)(mask)
+    w = compiled(drift_gate, statistic=statistic, map=map, scope=scope)(
+        old * 0 + shift, old * 0, mask, segments
+    )
+    np.testing.assert_allclose(w, mask, atol=1e-6)
+    w = compiled(drift_gate, statistic=statistic, map=map, scope=scope)(old, old, mask, segments)
+    np.testing.assert_array_equal(w, mask)  # no drift: to the bit
+
+
+@few
+@given(nats, nats, masks, st.permutations(range(SHAPE[0])), statistics, scopes)
+def test_permuting_rows_permutes_weights(cur, old, mask, order, statistic, scope):
+    def weights(*arrays):
+        segments = compiled(fixed_blocks, size=4)(arrays[2])
+        return np.asarray(compiled(drift_gate, statistic=statistic, scope=scope)(*arrays, segments))
+
+    permuted = weights(cur[order], old[order], mask[order])
+    np.testing.assert_allclose(permuted, weights(cur, old, mask)[order], rtol=1e-6)
+
+
+@few
+@given(nats, nats, packings(), statistics, maps)
+def test_block_one_is_the_token_gate_and_a_long_block_the_sequence_gate(cur, old, packing, statistic, map):
+    mask, ids = packing
+    for blocks, other in (
+        (fixed_blocks(mask, 1, sequence_ids=ids), every_token(mask)),
+        (fixed_blocks(mask, LENGTH, sequence_ids=ids), whole_sequence(mask, sequence_ids=ids)),
+    ):
+        function = compiled(drift_gate, statistic=statistic, map=map)
+        np.testing.assert_array_equal(function(cur, old, mask, blocks), function(cur, old, mask, other))
+
+
+@few
+@given(nats, masks, statistics, maps, scopes)
+def test_merging_two_blocks_of_equal_score_changes_nothing(d, mask, statistic, map, scope):
+    # The second block of four tokens holds the drifts of the first, backwards; the third its own.
+    for x in (d, mask):
+        x[:, 4:8] = x[:, 3::-1]
+    mask[:, 0] = mask[:, 7] = True
+    apart = fixed_blocks(mask, 4)
+    merged = jnp.where((apart >= 0) & (jnp.arange(LENGTH) < 8), 0, apart)
+    function = compiled(drift_gate, statistic=statistic, map=map, scope=scope)
+    got = [function(d, np.zeros_like(d), mask, segments) for segments in (apart, merged)]
+    np.testing.assert_allclose(*got, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("scope", ["none", "sequence", "microbatch", "minibatch"])
+@pytest.mark.parametrize("scope", [*SCOPES, "none"])
 def test_garbage_behind_the_mask_changes_nothing(garbage, scope):
     rng = np.random.default_rng(2)
-    cur, old = rng.normal(size=SHAPE).astype(np.float32), rng.normal(size=SHAPE).astype(np.float32)
+    cur, old = rng.normal(size=(2, *SHAPE)).astype(np.float32)
     mask = rng.random(SHAPE) < 0.6
     mask[1] = False  # a row of padding
-    segments = fixed_blocks(jnp.array(mask), 4)
-    clean = drift_gate(cur, old, jnp.array(mask), segments, scope=scope)
-    dirty = drift_gate(
-        np.where(mask, cur, garbage), np.where(mask, old, -garbage), jnp.array(mask), segments, scope=scope
-    )
-    np.testing.assert_array_equal(clean, dirty)
+    function, segments = compiled(drift_gate, scope=scope), fixed_blocks(mask, 4)
+    dirty = function(np.where(mask, cur, garbage), np.where(mask, old, -garbage), mask, segments)
+    np.testing.assert_array_equal(dirty, function(cur, old, mask, segments))
+    nothing = function(np.full(SHAPE, garbage), cur, np.zeros(SHAPE, bool), np.full(SHAPE, -1))
+    np.testing.assert_array_equal(nothing, 0)
+
+
+def test_any_number_but_zero_is_in_the_mask():
+    rng = np.random.default_rng(7)
+    cur, old = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+    mask = rng.random(SHAPE) < 0.6
+    for scope in SCOPES:
+        want = drift_gate(cur, old, mask, fixed_blocks(mask, 4), scope=scope)
+        for kind in (np.int32(3), np.float32(0.5)):
+            same = mask * kind
+            np.testing.assert_array_equal(
+                drift_gate(cur, old, same, fixed_blocks(same, 4), scope=scope), want
+            )
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_drift_stays_finite_and_mean_one(size):
-    cur = jnp.zeros(SHAPE).at[0, :6].set(size).at[1].set(size)
-    mask = jnp.ones(SHAPE)
-    for scope in ("sequence", "minibatch"):
-        w = drift_gate(cur, jnp.zeros(SHAPE), mask, fixed_blocks(mask, 3), scope=scope)
-        assert np.isfinite(w).all()
-        np.testing.assert_allclose(w.sum(), mask.sum(), rtol=1e-5)
-    # every token a thousand nats away: the printed form underflows, the shifted one weighs them alike
-    w = drift_gate(jnp.full(SHAPE, size), jnp.zeros(SHAPE), mask, fixed_blocks(mask, 3))
+def test_weights_of_huge_drift_by_hand(size):
+    cur, ones = jnp.zeros(SHAPE).at[0, :6].set(size).at[1].set(size), jnp.ones(SHAPE)
+    w = drift_gate(cur, jnp.zeros(SHAPE), ones, fixed_blocks(ones, 3))
+    np.testing.assert_allclose(w, jnp.where(cur == 0, 48 / 30, 0), rtol=1e-6)
+    # Everything ten thousand nats away: the printed form underflows to 0 / 0.
+    w = drift_gate(jnp.full(SHAPE, size), jnp.zeros(SHAPE), ones, fixed_blocks(ones, 3))
     np.testing.assert_allclose(w, 1.0)
+    # The hard map keeps what drifted least, though all are beyond 1 / tau.
+    w = drift_gate(cur.at[2:].set(2.0), jnp.zeros(SHAPE), ones, fixed_blocks(ones, 3), map="hard")
+    np.testing.assert_allclose(w, jnp.where(cur.at[2:].set(2.0) == 0, 8.0, 0.0), rtol=1e-6)
 
 
-def test_an_empty_batch_gives_zeros():
-    w = drift_gate(jnp.ones(SHAPE), jnp.zeros(SHAPE), jnp.zeros(SHAPE), jnp.full(SHAPE, -1))
-    assert (np.asarray(w) == 0).all()
+def test_equal_drift_stays_equal_when_long_sums_round():
+    mask = jnp.arange(3000) < jnp.array([[3000], [1700], [11]])
+    cur = jnp.full(mask.shape, 3.3)
+    w = drift_gate(cur, 0 * cur, mask, whole_sequence(mask), map="hard")
+    np.testing.assert_array_equal(w, mask)
+
+
+def test_a_sequence_gate_normalised_per_sequence_does_nothing():
+    cur, old = np.random.default_rng(1).normal(size=(2, *SHAPE))
+    w = drift_gate(cur, old, jnp.ones(SHAPE), whole_sequence(jnp.ones(SHAPE)), scope="sequence")
+    np.testing.assert_allclose(w, 1.0, rtol=1e-6)
 
 
 def test_no_gradient_flows_through_any_gate():
-    old, mask = jnp.zeros(SHAPE), jnp.ones(SHAPE)
+    cur, old = jnp.array(np.random.default_rng(3).normal(size=(2, *SHAPE)))
+    mask, value = jnp.ones(SHAPE), jnp.arange(LENGTH)
     segments = fixed_blocks(mask, 4)
-    cur = jnp.array(np.random.default_rng(3).normal(size=SHAPE))
-    for function in (gate, drift_gate):
-        gradient = jax.grad(lambda cur, f=function: jnp.sum(f(cur, old, mask, segments) * jnp.arange(12)))(
-            cur
-        )
-        assert (np.asarray(gradient) == 0).all()
+    for function in (gate, relative_gate, drift_gate):
+        for statistic in STATISTICS:
+
+            def total(cur, old, tau, f=function, s=statistic):
+                return jnp.sum(value * f(cur, old, mask, segments, tau=tau, statistic=s))
+
+            assert total(cur, old, 1.0) != total(cur + value, old, 0.5)  # there is something to detach
+            chex.assert_trees_all_equal(jax.grad(total, (0, 1, 2))(cur, old, 1.0), (0 * cur, 0 * old, 0.0))
 
 
-def test_axis_name_makes_the_mean_global():
-    rng = np.random.default_rng(4)
-    cur, old = jnp.array(rng.normal(size=(8, 12))), jnp.array(rng.normal(size=(8, 12)))
-    mask = jnp.array(rng.random((8, 12)) < 0.7)
-    whole = drift_gate(cur, old, mask, fixed_blocks(mask, 4))
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("rows")
-    parts = jax.shard_map(
-        lambda c, o, m: drift_gate(c, o, m, fixed_blocks(m, 4), axis_name="rows"),
-        mesh=mesh,
-        in_specs=(spec, spec, spec),
-        out_specs=spec,
-    )(cur, old, mask)
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+def test_scores_have_a_gradient_everywhere_and_read_nothing_behind_the_mask():
+    mask = jnp.array([[1.0, 1.0, 0.0, 1.0]])
+    d, ids = jnp.array([[3.0, -4.0, jnp.nan, 0.0]]), jnp.array([[0, 0, 0, 1]])
+    want = {
+        "signed_mean": [0.5, 0.5, 0, 1],
+        "mean_abs": [0.5, -0.5, 0, 1],  # of |0|, JAX takes the slope on the right
+        "rms": [3 / np.sqrt(50), -4 / np.sqrt(50), 0, 0],
+        "positive": [0.5, 0, 0, 0.5],
+        "negative": [0, 0.5, 0, 0.5],
+    }
+    for statistic, gradient in want.items():
+        # of the scores of tokens 0 and 3, one of each segment
+        got = jax.grad(lambda d, s=statistic: segment_score(d, mask, ids, statistic=s)[0, ::3].sum())(d)
+        np.testing.assert_allclose(got, [gradient], rtol=1e-6, err_msg=statistic)
+    slope = jax.grad(lambda x: masked(x, mask)[0, 2])(d)
+    np.testing.assert_array_equal(slope, jnp.zeros((1, 4)))
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_under_jit_without_and_under_pmap(self):
+        cur, old = np.random.default_rng(4).normal(size=(2, *SHAPE)).astype(np.float32)
+        mask = np.random.default_rng(5).random(SHAPE) < 0.7
+        w = self.variant(lambda c, o, m: drift_gate(c, o, m, fixed_blocks(m, 5)))(cur, old, mask)
+        chex.assert_shape(w, SHAPE)
+        close(w, oracle.drift_gate(cur, old, mask, np.asarray(fixed_blocks(mask, 5))))
+
+
+def test_one_trace_serves_all_values_of_tau():
+    chex.clear_trace_counter()
+    function = jax.jit(chex.assert_max_traces(drift_gate, n=1))
+    cur, old = np.random.default_rng(6).normal(size=(2, *SHAPE))
+    segments = fixed_blocks(jnp.ones(SHAPE), 5)
+    spreads = [np.std(function(cur, old, jnp.ones(SHAPE), segments, tau=tau)) for tau in (0.0, 0.5, 1.0, 2.0)]
+    assert spreads == sorted(spreads)
+    assert spreads[0] == 0
 
 
 def test_unknown_names_are_refused():
     x, ids = jnp.zeros(SHAPE), jnp.zeros(SHAPE, int)
     with pytest.raises(ValueError, match="statistic must be one of"):
         gate(x, x, x, ids, statistic="median")
-    with pytest.raises(ValueError, match="scope must be"):
-        normalise(x, x, scope="batch")
+    with pytest.raises(ValueError, match="map must be one of"):
+        gate(x, x, x, ids, map="linear")
+    with pytest.raises(ValueError, match="floor must lie in"):
+        gate(x, x, x, ids, floor=0.0)
+    for function in (lambda: normalise(x, x, scope="batch"), lambda: drift_gate(x, x, x, ids, scope="batch")):
+        with pytest.raises(ValueError, match="scope must be"):
+            function()
