@@ -10,7 +10,7 @@ import pytest
 from opd_jax.lab import student, teacher
 from opd_jax.model import forward, load_pretrained, save_pretrained
 
-torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install torch")
+torch = pytest.importorskip("torch", reason="the oracles need torch: pip install -e '.[oracle]'")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
 
