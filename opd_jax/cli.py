@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from opd_jax.backend import sum_in_one_order
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -27,10 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="opd", description="Drift-gated on-policy distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help_: str, *, config: bool = True) -> argparse.ArgumentParser:
-        epilog = "Settings are overridden by dotted names: --gate.block 32" if config else None
+    def command(name: str, help_: str, *, settings: str = "gate.block 32") -> argparse.ArgumentParser:
+        epilog = f"Settings are overridden by dotted names: --{settings}" if settings else None
         sub = commands.add_parser(name, help=help_, description=help_, epilog=epilog)
-        if config:
+        if settings.startswith("gate"):
             sub.add_argument("--config", type=Path, help="YAML or TOML file of settings")
         return sub
 
@@ -43,38 +44,85 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "Do the updates of the current round."),
     ):
         command(name, help_).add_argument("run", type=Path, help="run folder")
-    evaluate = command("evaluate", "Judge a run's model on held-out problems.", config=False)
+    evaluate = command(
+        "evaluate", "Judge a run's model on held-out problems.", settings="evaluation.samples 16"
+    )
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument(
         "--of", choices=("student", "base", "teacher"), default="student", help="which model"
     )
-    report = command("report", "Write a page of plots over one or more runs.", config=False)
+    report = command("report", "Write a page of plots over one or more runs.", settings="")
     report.add_argument("runs", type=Path, nargs="+", help="run folders")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
-    lab = command("lab", "Train the lab's models from nothing.", config=False)
+    lab = command("lab", "Train the lab's models from nothing.", settings="")
     lab.add_argument("--out", type=Path, required=True, help="folder to write")
-    lab.add_argument("--seed", type=int, default=0)
+    lab.add_argument("--root-seed", type=int, default=0, help="of problems, batches and initial weights")
     return parser
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``--dotted.name value`` pairs, and ``--seed``, from the rest of a command line.
+
+    >>> split_settings(["train", "--gate.block", "32", "runs/a", "--seed=3", "--config", "c.yaml"])
+    (['train', 'runs/a', '--config', 'c.yaml'], ['--gate.block=32', '--seed=3'])
+    """
+    rest: list[str] = []
+    settings: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and ("." in name or name == "--seed")):
+            rest.append(word)
+        elif equals:
+            settings.append(word)
+        else:
+            value = next(words, None)
+            if value is None:
+                raise InputError(f"a setting must have a value: {name} has none; add one")
+            settings.append(f"{name}={value}")
+    return rest, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments, overrides = _parser().parse_known_args(argv)
-        if overrides and not hasattr(arguments, "config"):
-            raise InputError(
-                f"opd {arguments.command} takes no settings: got {' '.join(overrides)}; drop them"
-            )
-        return _run(arguments, overrides, again=shlex.join(["opd", *argv]))
+        with stop_on_signal() as stop:
+            words, settings = split_settings(argv)
+            arguments = _parser().parse_args(words)
+            if settings and arguments.command in ("report", "lab"):
+                raise InputError(
+                    f"opd {arguments.command} takes no settings: got {' '.join(settings)}; drop them"
+                )
+            _run(arguments, settings, stop)
+    except (Interrupted, KeyboardInterrupt):
+        # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
+        print(f"\nopd: interrupted; {_again(argv)}", file=sys.stderr)
+        return INTERRUPTED
     except InputError as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1
+    except (OSError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or "out of memory"
+        print(
+            f"opd: files and memory must be there to use: {reason}; make room, or name others",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str], again: str) -> int:
+def _again(argv: Sequence[str]) -> str:
+    """How to go on, in words that work where this command did."""
+    if argv[:1] == ["lab"]:
+        return "begin again with the same command"
+    program = sys.argv[0] if Path(sys.argv[0]).name == "opd" else f"{sys.executable} -m opd_jax.cli"
+    return f"go on with: {program} {shlex.join(argv)}"
+
+
+def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop) -> None:
     # Three processes a round compile the same programs; the cache makes the later ones start at once.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -82,16 +130,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str], again: str) -> int
     sum_in_one_order()
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
-    from opd_jax.train.interrupt import Interrupted, stop_on_signal
 
-    with stop_on_signal() as stop:
-        try:
-            commands.COMMANDS[arguments.command](arguments, overrides, stop)
-        except (Interrupted, KeyboardInterrupt):
-            # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
-            print(f"\nopd: interrupted; go on with: {again}", file=sys.stderr)
-            return INTERRUPTED
-    return 0
+    commands.COMMANDS[arguments.command](arguments, settings, stop)
 
 
 if __name__ == "__main__":

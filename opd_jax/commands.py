@@ -11,15 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 from opd_jax.config import Config
+from opd_jax.errors import InputError
 from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.interrupt import Stop
 from opd_jax.settings import config_file, load_config
-from opd_jax.study.demo import demo
+from opd_jax.study.demo import ARM_SETTINGS, demo
 from opd_jax.study.evaluation import Who, answers_file, evaluate_run
 from opd_jax.study.report import write_report
 from opd_jax.study.statistics import mean_interval
-from opd_jax.train.interrupt import Stop
 from opd_jax.train.loop import Report, distill, do_part, export_student, next_part
-from opd_jax.train.run import Run, open_run
+from opd_jax.train.opening import open_run
+from opd_jax.train.run import Run
 
 Overrides = Sequence[str]
 
@@ -78,6 +80,9 @@ def _settings(arguments: argparse.Namespace, overrides: Overrides) -> Config | N
 
 
 def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    for word in overrides:
+        if word.removeprefix("--").split("=")[0] in ARM_SETTINGS:
+            raise InputError(f"the demo's arms set {' and '.join(ARM_SETTINGS)}: got {word}; use opd distill")
     config = load_config(arguments.config or config_file("lab.yaml"), overrides)
 
     def judge_once(run: Run, who: Who, label: str) -> None:
@@ -113,7 +118,13 @@ def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
-    judge(open_run(arguments.run), arguments.of, arguments.of, stop)
+    saved = arguments.run / "config.yaml"
+    if not saved.exists():
+        raise InputError(f"evaluate judges a run: {arguments.run} has no config.yaml; train one there first")
+    for word in overrides:
+        if not word.startswith(("--evaluation.", "--mesh.")):
+            raise InputError(f"evaluate takes settings of evaluation and mesh: got {word}; drop it")
+    judge(open_run(arguments.run, load_config(saved, overrides)), arguments.of, arguments.of, stop)
 
 
 def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
@@ -123,7 +134,7 @@ def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> 
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     from opd_jax.lab.make import make  # loads what only this command needs
 
-    make(arguments.out, seed=arguments.seed)
+    make(arguments.out, stop, seed=arguments.root_seed)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {

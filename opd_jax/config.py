@@ -45,10 +45,20 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The base loss of a token."""
+    """The base loss of a token: `opd_jax.method.losses` and `mixed_losses`."""
 
-    kind: Literal["sampled_token", "teacher_topk"] = "sampled_token"
-    surrogate: Literal["ppo", "is", "reinforce"] = "ppo"  # of sampled_token
+    kind: Literal[
+        "sampled_token",
+        "teacher_topk",
+        "teacher_topk_unrenormalised",
+        "teacher_topk_tail",
+        "teacher_topk_generalised",
+        "student_topk",
+        "sign_gated",
+        "scope",
+    ] = "sampled_token"
+    terms: tuple[Literal["entropy_aware", "trust_region", "reference_kl"], ...] = ()  # put on top, in order
+    surrogate: Literal["ppo", "is", "reinforce"] = "ppo"  # of sampled_token, student_topk, sign_gated
     advantage: Literal["old", "cur"] = "old"  # frozen at the rollout, or recomputed
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -56,21 +66,73 @@ class LossConfig:
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
     old_source: Literal["trainer", "sampler"] = "trainer"  # whose log-probs are `old`; see rollout.score
     top_k: int = 32  # teacher ids stored with every token; the support of teacher_topk
+    student_k: int = 16  # student ids stored where something asks for them; the support of student_topk
+    sign_tau: float | None = None  # nats, of sign_gated; not printed, must be set
+    extrapolation: float = 1.8  # of sign_gated
+    conflict: float = 1.0
+    alpha: float = 1.0  # of entropy_aware
+    entropy_threshold: float = 0.8  # nats
+    kl_weight: float | None = None  # of reference_kl; not printed, must be set
 
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-    """How drift becomes a weight."""
+    """How drift becomes a weight: `opd_jax.method.gates`, `bounds` and `controls`."""
 
-    segments: Literal["none", "token", "block", "newline", "sequence"] = "block"
+    segments: Literal["none", "token", "block", "newline", "sequence", "cusum"] = "block"
     block: int = 64  # tokens, of block
-    span_minimum: int = 16  # tokens, of newline; the paper does not print these three
+    span_minimum: int = 16  # tokens, of newline and cusum; the paper does not print these three
     span_maximum: int = 128
-    span_chunk: int = 64
+    span_chunk: int = 64  # of newline
+    cusum_slack: float = 0.5  # root mean squares of drift
+    cusum_limit: float = 4.0
     tau: float = 1.0
+    target_ratio: float | None = None  # effective token ratio that tau is chosen for, batch by batch
     statistic: Literal["signed_mean", "mean_abs", "rms", "positive", "negative"] = "signed_mean"
+    map: Literal["exp", "clipped_exp", "hard"] = "exp"
+    floor: float = 0.1  # of clipped_exp
     scope: Literal["none", "sequence", "minibatch"] = "minibatch"  # not printed
     eps: float = 1e-8  # of the normaliser; not printed
+    clip: tuple[float, float] | None = None  # bounds of the weights, mean one kept
+    residual: float = 1.0  # share of the gate; 0 is no gate
+    control: Literal[
+        "none",
+        "constant",
+        "inverse",
+        "position_mean",
+        "shuffled",
+        "random",
+        "noise",
+        "oracle",
+        "disagreement",
+    ] = "none"  # another gate in the gate's place, to compare with
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    """Weights that multiply the gate before it is normalised: `opd_jax.method.weights`."""
+
+    members: tuple[
+        Literal["token_is", "tip", "prune", "iw_opd", "popd", "fire_opd", "scope_opd", "f_opd"], ...
+    ] = ()
+    ratio_twice: bool = False  # allow token_is with a surrogate that holds the ratio already
+    token_is_low: float = 0.0
+    token_is_high: float = 2.0
+    tip_keep: float = 0.5
+    tip_clip_quantile: float = 0.98
+    prune_overlap: float = 0.7
+    prune_drop: float = 0.01
+    prune_base: float = 0.5
+    iw_opd_largest: float = 1.5
+    popd_start: int | None = None  # tokens; not printed, must be set
+    popd_growth: int | None = None
+    popd_every: int | None = None  # updates
+    fire_opd_drop: float = 0.2
+    fire_opd_teacher_share: float = 1.0
+    fire_opd_student_share: float = 1.0
+    scope_opd_temperature: float = 1.0
+    f_opd_rate: float | None = None  # not printed, must be set
+    f_opd_threshold: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +154,7 @@ class ScheduleConfig:
     rounds: int = 200
     passes: int = 2  # over each round's rollouts
     minibatches: int = 1  # updates a pass
+    microbatches: int = 1  # parts an update is computed in, to save memory; the value stays the same
     staleness: int = 0  # rounds between drawing rollouts and training on them
 
     @property
@@ -123,6 +186,7 @@ class LogConfig:
     """What is kept for the report beyond one line per update."""
 
     rows: int = 4  # rollouts whose tokens are kept with drift and weight, at a round's last update
+    diagnose_every: int = 10  # updates between costly readings (a second backward pass); 0 for never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +199,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

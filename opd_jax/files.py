@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from opd_jax.errors import InputError
+
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -39,6 +41,18 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one piece."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Text of a file.
+
+    Raises:
+      InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"a file must be readable UTF-8 text: {path} is not ({error}); restore it") from None
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from opd_jax.errors import InputError
@@ -17,18 +18,31 @@ def is_named(source: str) -> bool:
     return bool(colon) and function.isidentifier() and all(p.isidentifier() for p in module.split("."))
 
 
-def call_named(source: str) -> Any:
+def call_named(source: str, kind: type | tuple[type, ...]) -> Any:
     """Import ``module`` and return ``function()``.
 
     Raises:
-      InputError: the module cannot be imported or has no such function.
+      InputError: the module cannot be imported, has no such function, or the function wants arguments,
+        fails, or returns something other than ``kind``.
     """
-    module, _, function = source.partition(":")
+    module, _, name = source.partition(":")
     try:
-        found = getattr(importlib.import_module(ALIASES.get(module, module)), function)
+        function = getattr(importlib.import_module(ALIASES.get(module, module)), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"module:function must name something that can be imported: {source!r} does not ({error}); "
             "check the spelling and PYTHONPATH"
         ) from None
-    return found()
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise InputError(
+            f"module:function must be a function without arguments: {source!r} is not ({error}); wrap it"
+        ) from None
+    found = function()
+    if not isinstance(found, kind):
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(
+            f"{source!r} must return a {wanted}: it returned a {type(found).__name__}; correct it"
+        )
+    return found

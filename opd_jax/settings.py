@@ -7,6 +7,7 @@ draccus reads YAML, TOML, JSON and dotted ``--key value`` pairs into the frozen 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ def _whole_number(raw: Any, path: Sequence[str] = ()) -> int:
         raise draccus.utils.DecodingError(tuple(path), f"Couldn't parse {str(raw)!r} into an int") from None
 
 
+@draccus.decode.register(float)
+def _number(raw: Any, path: Sequence[str] = ()) -> float:
+    """A number; ``true`` is none here either."""
+    try:
+        if not isinstance(raw, bool):
+            return float(raw)
+    except (TypeError, ValueError):
+        pass
+    raise draccus.utils.DecodingError(tuple(path), f"Couldn't parse {str(raw)!r} into a float")
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply overrides, and check the result.
 
@@ -40,23 +52,26 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
       InputError: the file cannot be read, a key is unknown (the nearest valid name is given), a value
         is of the wrong type, or the settings contradict each other.
     """
-    source = "the command line" if path is None else str(path)
+    named = [word.removeprefix("--").split("=")[0] for word in overrides if word.startswith("--")]
+    if path is not None:
+        _check_keys(_read(Path(path)), str(path))
+        config = _parse(path, (), str(path))
+    _check_keys(dict.fromkeys(named), "the command line")
+    if overrides or path is None:
+        config = _parse(path, overrides, "the command line")
+    check(config)
+    return config
+
+
+def _parse(path: str | Path | None, overrides: Sequence[str], source: str) -> Config:
     try:
-        if path is not None:
-            _check_keys(_read(Path(path)), source)
-        named = [word.removeprefix("--").split("=")[0] for word in overrides if word.startswith("--")]
-        _check_keys(dict.fromkeys(named), "the command line")
-        config = draccus.parse(Config, path, args=list(overrides), exit_on_error=False)
-    except InputError:
-        raise
+        return draccus.parse(Config, path, args=list(overrides), exit_on_error=False)
     except Exception as error:  # draccus raises its own, argparse's and Python's kinds alike
         reason = " ".join(str(error).split())
         raise InputError(
             f"settings must have the types and choices of opd_jax.config: {reason} ({source}); "
             "correct the value"
         ) from None
-    check(config)
-    return config
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -80,6 +95,10 @@ def _check_keys(settings: Mapping[str, Any], source: str) -> None:
     valid = list(flatten(Config()))
     groups = {name.split(".")[0] for name in valid if "." in name}
     for name, value in flatten_tree(settings):
+        if "." in name and name in settings and not source.startswith("the command line"):
+            raise InputError(
+                f"a file nests its settings: {name!r} in {source} is dotted; write it as a group"
+            )
         if name in valid or (name in groups and value is None):
             continue
         raise InputError(
@@ -107,45 +126,52 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, draccus.dump(config))
 
 
+# Numbers by the range they must lie in; a setting that is None is left alone.
+POSITIVE = (
+    "model.head_chunk sampling.prompts sampling.samples sampling.max_prompt sampling.max_response "
+    "sampling.slots sampling.temperature loss.top_k loss.student_k loss.dual_clip loss.sign_tau "
+    "gate.block gate.span_minimum gate.span_chunk gate.cusum_limit optimizer.learning_rate "
+    "optimizer.clip_norm optimizer.eps schedule.rounds schedule.passes schedule.minibatches "
+    "schedule.microbatches mesh.data mesh.fsdp mesh.tensor evaluation.samples evaluation.temperature "
+    "weights.popd_every weights.scope_opd_temperature weights.token_is_high"
+).split()
+NOT_NEGATIVE = (
+    "seed evaluation.seed gate.tau gate.eps gate.cusum_slack schedule.staleness log.rows "
+    "log.diagnose_every optimizer.weight_decay loss.clip_low loss.clip_high loss.alpha "
+    "loss.kl_weight loss.conflict weights.token_is_low weights.popd_start weights.popd_growth "
+    "weights.prune_drop weights.prune_base weights.f_opd_rate weights.f_opd_threshold"
+).split()
+# Above 0 and at most 1; from 0 to 1.
+SHARES = "sampling.top_p evaluation.top_p gate.floor gate.target_ratio weights.tip_keep".split()
+PARTS = (
+    "optimizer.b1 optimizer.b2 gate.residual weights.fire_opd_drop weights.prune_overlap".split()
+)  # [0, 1]
+
+
 def check(config: Config) -> None:
     """Refuse settings that are out of range or contradict each other."""
-    positive = [
-        "model.head_chunk",
-        "sampling.prompts",
-        "sampling.samples",
-        "sampling.max_prompt",
-        "sampling.max_response",
-        "sampling.slots",
-        "loss.top_k",
-        "gate.block",
-        "gate.span_minimum",
-        "gate.span_chunk",
-        "schedule.rounds",
-        "schedule.passes",
-        "schedule.minibatches",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "evaluation.samples",
-        "sampling.temperature",
-        "evaluation.temperature",
-        "optimizer.learning_rate",
-        "optimizer.clip_norm",
-    ]
-    values = flatten(config)
-    for name in positive:
-        if not values[name] > 0:
-            raise InputError(f"{name} must be above 0: got {values[name]}; raise it")
-    for name in ("sampling.top_p", "evaluation.top_p"):
-        if not 0 < values[name] <= 1:
-            raise InputError(f"{name} must lie in (0, 1]: got {values[name]}; 1 keeps every token")
-    for name in ("gate.tau", "gate.eps", "schedule.staleness", "log.rows", "seed", "evaluation.seed"):
-        if values[name] < 0:
-            raise InputError(f"{name} must not be negative: got {values[name]}; use 0 or more")
-    if config.gate.span_maximum < config.gate.span_minimum:
+    values = {name: value for name, value in flatten(config).items() if value is not None}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} must be a finite number: got {value}; give one")
+    for names, holds, rule in (
+        (POSITIVE, lambda x: x > 0, "above 0"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (SHARES, lambda x: 0 < x <= 1, "in (0, 1]"),
+        (PARTS, lambda x: 0 <= x <= 1, "in [0, 1]"),
+    ):
+        for name in names:
+            if name in values and not holds(values[name]):
+                raise InputError(f"{name} must be {rule}: got {values[name]}; correct it")
+    gate = config.gate
+    if gate.span_maximum < gate.span_minimum:
         raise InputError(
-            f"gate.span_maximum must be at least gate.span_minimum: got {config.gate.span_maximum} "
-            f"and {config.gate.span_minimum}; raise the one or lower the other"
+            f"gate.span_maximum must be at least gate.span_minimum: got {gate.span_maximum} "
+            f"and {gate.span_minimum}; raise the one or lower the other"
+        )
+    if gate.clip is not None and not 0 <= gate.clip[0] <= 1 <= gate.clip[1]:
+        raise InputError(
+            f"gate.clip must enclose the mean of one: got {list(gate.clip)}; use [0.5, 2], for example"
         )
     rollouts = config.sampling.prompts * config.sampling.samples
     if rollouts % config.schedule.minibatches:
@@ -154,8 +180,14 @@ def check(config: Config) -> None:
             f"x {config.sampling.samples} samples = {rollouts} do not divide by "
             f"{config.schedule.minibatches}; set schedule.minibatches to a divisor of {rollouts}"
         )
-    rows, ways = rollouts // config.schedule.minibatches, config.mesh.data * config.mesh.fsdp
-    for name, count in (("a minibatch", rows), ("sampling.slots", config.sampling.slots)):
+    rows, parts = rollouts // config.schedule.minibatches, config.schedule.microbatches
+    if rows % parts:
+        raise InputError(
+            f"a minibatch must split evenly into microbatches: {rows} rows do not divide by {parts}; set "
+            f"schedule.microbatches to a divisor of {rows}"
+        )
+    ways = config.mesh.data * config.mesh.fsdp
+    for name, count in (("a microbatch", rows // parts), ("sampling.slots", config.sampling.slots)):
         if count % ways:
             raise InputError(
                 f"rows must split evenly over the mesh: {name} has {count}, mesh.data x mesh.fsdp is "

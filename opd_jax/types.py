@@ -41,12 +41,24 @@ class Rows:
 
 @struct.dataclass
 class Signal:
-    """What scoring attached to each predicted token, in nats at the sampling temperature."""
+    """What scoring attached to each predicted token, in nats at the sampling temperature.
+
+    Arrays that only some losses and weights ask for are None where they were not scored.
+    """
 
     old: Any  # [B, T] float32: log pi_old(y_t), by the trainer's own computation
     teacher: Any  # [B, T] float32: log p_teacher(y_t)
+    teacher_entropy: Any  # [B, T] float32: of the teacher's whole distribution
     support_ids: Any  # [B, T, K] int32: the teacher's K most likely tokens, best first
     support_logprobs: Any  # [B, T, K] float32: their raw log-probabilities under the teacher
+    reward: Any  # [B, T] float32: of the sequence
+    group: Any  # [B, T] int32: same number for sequences of one problem, within the minibatch
+    staleness: Any  # [B, T] float32: rounds of training between drawing the sequence and using it
+    again: Any = None  # [B, T] float32: `old` read a second time, by another batching
+    reference: Any = None  # [B, T] float32: log-prob of y_t under the student before training
+    student_ids: Any = None  # [B, T, K] int32: the behaviour policy's most likely tokens, best first
+    student_old: Any = None  # [B, T, K] float32: their log-probabilities under it
+    student_teacher: Any = None  # [B, T, K] float32: and under the teacher
 
 
 @struct.dataclass

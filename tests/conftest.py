@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -33,13 +34,21 @@ TINY = (
     "--problems.train=tests.world:short_train --problems.heldout=tests.world:short_heldout "
     "--sampling.prompts=4 --sampling.samples=4 --sampling.max_prompt=16 --sampling.max_response=40 "
     "--sampling.slots=16 --schedule.rounds=2 --schedule.passes=2 --schedule.minibatches=2 "
-    "--gate.block=8 --optimizer.learning_rate=3e-3 --evaluation.samples=2"
+    "--gate.block=8 --optimizer.learning_rate=3e-3 --evaluation.samples=2 --log.diagnose_every=0"
 ).split()
 
 
 def tiny_config(*overrides: str) -> Config:
     """The lab's config, cut down to seconds."""
     return load_config(Path(__file__).parent.parent / "configs" / "lab.yaml", [*TINY, *overrides])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drop what a module compiled: a worker that keeps a thousand programs spends its time on memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

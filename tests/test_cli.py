@@ -62,10 +62,15 @@ def test_parts_by_command(sampled, capsys):
         (["sample", "{tmp}/x", *LAB, "--problems.train=nowhere:at_all"], "'nowhere:at_all' does not"),
         (["sample", "{tmp}/x", *LAB, "--sampling.max_prompt=3"], "1 to 3 tokens"),
         (["score", "{tmp}/x", *LAB], "is due for sample, not score"),
-        (["evaluate", "{tmp}/x"], "a new run needs a config"),
+        (["evaluate", "{tmp}/x"], "evaluate judges a run"),
+        (["evaluate", "{tmp}/x", "--gate.block=3"], "evaluate judges a run"),
+        (["demo", "{tmp}/x", "--gate.segments", "newline"], "the demo's arms set"),
+        (["demo", "{tmp}/x", "--seed"], "--seed has none"),
+        (["sample", "{tmp}/empty.jsonl", *LAB], "empty.jsonl is a file"),
+        (["sample", "{tmp}/empty.jsonl/x", *LAB], "Not a directory"),
         (["report", "{tmp}/x"], "has no config.yaml"),
         (["report", "{tmp}", "--gate.block=3"], "takes no settings"),
-        (["demo", "{tmp}/x", "--mesh.data=64"], "mesh.data x mesh.fsdp is 64"),
+        (["demo", "--mesh.data", "64", "{tmp}/x"], "mesh.data x mesh.fsdp is 64"),
         (["dream"], "invalid choice: 'dream'"),
         ([], "required: COMMAND"),
     ],
@@ -135,7 +140,8 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
 
     cut = distill("cut", interrupt=True)
     assert cut.returncode == 130, cut.stderr
-    assert f"go on with: opd distill {tmp_path / 'cut'}" in cut.stderr
+    assert "stopping at the next safe place" in cut.stderr
+    assert f"go on with: {sys.executable} -m opd_jax.cli distill {tmp_path / 'cut'}" in cut.stderr
     assert "Traceback" not in cut.stderr
     done = (tmp_path / "cut" / "metrics.jsonl").read_text().count("\n")
     assert 1 <= done < 8

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
 ORDER = ["method", "model", "tasks", "rollout", "evaluate", "train", "study"]
 # Single files that any folder may use.
-SHARED = {"types", "errors", "files", "keys", "named", "config", "settings", "backend"}
+SHARED = {"types", "errors", "files", "keys", "named", "config", "settings", "backend", "interrupt"}
 
 
 def imported(file: Path) -> set[str]:
@@ -36,6 +36,7 @@ def test_the_method_imports_jax_alone():
             "opd_jax",
             "__future__",
             "collections",
+            "inspect",
             "typing",
         }
         assert outside <= {"jax"}, f"{file} imports {outside}"

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from opd_jax.errors import InputError
 from opd_jax.evaluate.pass_at_k import pass_at_k
-from opd_jax.files import write_text
+from opd_jax.files import read_text, write_text
 from opd_jax.rollout.jax_engine import Request, Sampler, sample
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.types import Params
@@ -77,8 +78,21 @@ def write_answers(path: Path, records: Sequence[Answer]) -> None:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Read what `write_answers` wrote."""
-    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read what `write_answers` wrote.
+
+    Raises:
+      InputError: the file is empty or holds something else.
+    """
+    try:
+        records = [Answer(**json.loads(line)) for line in read_text(path).rstrip().split("\n")]
+    except (ValueError, TypeError):
+        records = []
+    if not records:
+        raise InputError(
+            f"answers must be JSON lines that an evaluation wrote: {path} is not; remove it and "
+            "evaluate again"
+        )
+    return records
 
 
 def by_problem(records: Sequence[Answer], k: int) -> dict[str, float]:

@@ -1,17 +1,18 @@
 """The lab: an embedded world in which the whole road runs on a laptop.
 
 A verifiable long-chain task, its tokenizer, and two small Qwen3 models trained on it. In a config the
-models are ``lab:student`` and ``lab:teacher``, the problems ``lab:train`` and ``lab:heldout``.
+models are ``lab:student`` and ``lab:teacher``, the problems ``lab:train``, ``lab:validation`` and
+``lab:heldout``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from opd_jax.lab.chains import chains, first_slip, solution
+from opd_jax.lab.chains import chains, solution
 from opd_jax.tasks import Problem
 
-__all__ = ["chains", "first_slip", "heldout", "solution", "student", "teacher", "train"]
+__all__ = ["chains", "heldout", "solution", "student", "teacher", "train", "validation"]
 
 
 def student() -> Path:
@@ -32,3 +33,9 @@ def train() -> list[Problem]:
 def heldout() -> list[Problem]:
     """Held-out problems, disjoint from all training ones by construction."""
     return chains("heldout", 200)
+
+
+def validation() -> list[Problem]:
+    """Problems to choose settings by: in neither the training nor the held-out ones."""
+    reserved = {problem.id for problem in heldout()}
+    return [problem for problem in chains("heldout", 220, seed=1) if problem.id not in reserved][:200]

@@ -71,9 +71,11 @@ def chains(
 def _draw(rng: np.random.Generator, terms: int, largest: int) -> Problem:
     total, text = 0, ""
     for label in LABELS[:terms]:
-        term = int(rng.integers(1, largest + 1))
-        signs = [s for s in (1, -1) if 0 <= total + s * term <= LIMIT]
-        sign = signs[int(rng.integers(len(signs)))] if signs else 1
+        signs: list[int] = []
+        while not signs:  # a large term may fit with neither sign
+            term = int(rng.integers(1, largest + 1))
+            signs = [s for s in (1, -1) if 0 <= total + s * term <= LIMIT]
+        sign = signs[int(rng.integers(len(signs)))]
         total += sign * term
         text += f"{label}{'+' if sign > 0 else '-'}{term}"
     return Problem(id=text, prompt=text + "\n", answer=str(total))
@@ -92,15 +94,3 @@ def solution(problem: Problem) -> str:
         total += int(text[start + 1 : end])
         lines.append(f"{text[start:end]}={total}\n")
     return "".join(lines) + rf"\boxed{{{total}}}"
-
-
-def first_slip(problem: Problem, response: str) -> int | None:
-    """Index of the first character in which ``response`` departs from the solution, or None.
-
-    The whole chain is checked, not only its boxed end.
-    """
-    expected = solution(problem)
-    for index, (want, got) in enumerate(zip(expected, response, strict=False)):
-        if want != got:
-            return index
-    return None if len(expected) == len(response) else min(len(expected), len(response))

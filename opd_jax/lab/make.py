@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from opd_jax.evaluate import answers, by_problem
 from opd_jax.files import write_text
+from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.lab.chains import chains, solution
 from opd_jax.lab.tokenizer import VOCABULARY, build_tokenizer
@@ -97,7 +98,7 @@ def judge(
     return {k: float(np.mean(list(by_problem(records, k).values()))) for k in {1, samples}}
 
 
-def train(recipe: Recipe, seed: int, report: Callable[[int, float], None]) -> tuple[Params, int]:
+def train(recipe: Recipe, seed: int, report: Callable[[int, float], None], stop: Stop) -> tuple[Params, int]:
     """Train one model on written solutions; returns its parameters and the steps it took.
 
     Chains of all lengths from two terms on are mixed: short ones teach the arithmetic early, which
@@ -119,6 +120,8 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None]) -> tu
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(derived_seed(seed, "batches"))
     for done in range(1, recipe.steps + 1):
+        if stop():
+            raise Interrupted
         chosen = rng.integers(len(problems), size=recipe.batch)
         rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], WIDTH)
         params, opt_state, loss = step(params, opt_state, rows)
@@ -129,9 +132,10 @@ def train(recipe: Recipe, seed: int, report: Callable[[int, float], None]) -> tu
     return params, recipe.steps
 
 
-def make(out: Path, *, seed: int = 0) -> dict[str, dict[str, float]]:
+def make(out: Path, stop: Stop, *, seed: int = 0) -> dict[str, dict[str, float]]:
     """Train teacher and student, write both to ``out``, and return their held-out figures."""
     heldout = chains("heldout", 200)
+    out.mkdir(parents=True, exist_ok=True)  # before twenty minutes of work, not after
     figures = {}
     for name, recipe in (("teacher", TEACHER), ("student", STUDENT)):
         began = time.monotonic()
@@ -141,7 +145,7 @@ def make(out: Path, *, seed: int = 0) -> dict[str, dict[str, float]]:
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}")
 
-            params, steps = train(recipe, derived_seed(seed, name), report)
+            params, steps = train(recipe, derived_seed(seed, name), report, stop)
         seconds = time.monotonic() - began
         sampled = judge(recipe.config, params, heldout, samples=8, greedy=False)
         figures[name] = {

@@ -9,6 +9,17 @@ from typing import Any
 
 from opd_jax.errors import InputError
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
@@ -35,6 +46,21 @@ class Qwen3Config:
     head_chunk: int = 512  # positions per pass through the vocabulary head
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(
+                    f"{name} must be a whole number of at least 1: got {value!r}; correct config.json"
+                )
+        if self.head_dim % 2:
+            raise InputError(
+                f"head_dim must be even, for rotary embedding: got {self.head_dim}; correct config.json"
+            )
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise InputError(
+                f"eos_token_id must be in the vocabulary: got {self.eos_token_id} of {self.vocab_size}; "
+                "correct config.json"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads must be a multiple of num_key_value_heads: got "
@@ -94,8 +120,8 @@ def config_from_json(path: Path) -> Qwen3Config:
       InputError: a field is missing, or asks for something this model does not compute.
     """
     try:
-        published: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        published: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"a model folder must hold a readable config.json: {path} ({error}); "
             "name a folder in Hugging Face format"
@@ -117,9 +143,15 @@ def config_from_json(path: Path) -> Qwen3Config:
                 f"{path} has {field} = {came!r}; choose another checkpoint"
             )
     values = dict(published)
-    values["rope_theta"] = float(published.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
+    for name, found in (
+        ("rope_theta", published.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        ("rms_norm_eps", published.get("rms_norm_eps", 1e-6)),
+    ):
+        if not isinstance(found, int | float) or not found > 0:
+            raise InputError(f"{name} must be a number above 0: got {found!r}; correct {path}")
+        values[name] = float(found)
     eos = values.get("eos_token_id")
-    values["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+    values["eos_token_id"] = (eos or [None])[0] if isinstance(eos, list) else eos
     required = [
         field.name
         for field in dataclasses.fields(Qwen3Config)

@@ -84,7 +84,7 @@ def load_pretrained(
             "check the path, or download the checkpoint first"
         )
     config = config_from_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     if not files:
         raise InputError(f"a model folder must hold *.safetensors: {folder} has none; restore them")
     table = parameter_table(config)
@@ -154,7 +154,7 @@ def save_pretrained(path: str | Path, config: Qwen3Config, params: Params) -> No
     """Write a folder that transformers, vLLM and `load_pretrained` read.
 
     Each file is written under another name and moved into place whole. A tokenizer is not part of
-    the parameters; `opd_jax.tasks.save_tokenizer` puts it beside them.
+    the parameters; `opd_jax.tasks.copy_tokenizer` puts it beside them.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

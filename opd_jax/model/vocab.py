@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import hidden_states, logits
@@ -87,25 +88,40 @@ def token_logprobs(params: Params, rows: Rows, config: Qwen3Config, *, temperatu
     return readout(params, rows, rows.targets[..., None], config, temperature=temperature).logprobs[..., 0]
 
 
+@struct.dataclass
+class TopK:
+    """A model's likeliest ids at each position, of the whole distribution, float32 nats."""
+
+    sampled: jax.Array  # [B, T]: log-prob of the target
+    ids: jax.Array  # [B, T, K] int32, best first
+    logprobs: jax.Array  # [B, T, K]: theirs; what the K leave out is the mass outside
+    entropy: jax.Array  # [B, T]
+
+
 def top_k_logprobs(
-    params: Params, rows: Rows, k: int, config: Qwen3Config, *, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    params: Params,
+    rows: Rows,
+    k: int,
+    config: Qwen3Config,
+    *,
+    temperature: float = 1.0,
+    usable: int | None = None,
+) -> TopK:
     """The ``k`` most likely ids at every position, beside the target, in one forward pass.
 
-    Returns:
-      Log-probability ``[B, T]`` of the targets; the best ids ``[B, T, K]`` int32, best first; and
-      their log-probabilities ``[B, T, K]``. All are of the whole distribution, float32 nats, so what
-      the K leave out is the mass outside.
+    Ids from ``usable`` on, the padding of a vocabulary, are never among them; their probability is part
+    of what the distribution sums over all the same.
     """
     hidden = hidden_states(
         params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
     )
 
-    def read(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(hidden: jax.Array, targets: jax.Array) -> TopK:
         z = _scaled_logits(hidden, params, config, temperature)
         logprobs = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        best, ids = jax.lax.top_k(logprobs, k)
+        best, ids = jax.lax.top_k(logprobs[..., :usable], k)
         sampled = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-        return sampled, ids.astype(jnp.int32), best
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return TopK(sampled, ids.astype(jnp.int32), best, entropy)
 
     return _over_positions(read, (hidden, rows.targets), config.head_chunk)

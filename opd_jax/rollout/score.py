@@ -18,38 +18,51 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.vocab import token_logprobs, top_k_logprobs
+from opd_jax.model.vocab import TopK, readout, token_logprobs, top_k_logprobs
 from opd_jax.rollout.rows import gather, make_rows, spread
 from opd_jax.rollout.store import Rollout, Score
 from opd_jax.types import Batch, Params, Rows, Signal
 
 Array = jax.Array
-OldScorer = Callable[[Params, Rows], Array]
-TeacherScorer = Callable[[Params, Rows], tuple[Array, Array, Array]]
+Scorer = Callable[[Params, Rows], Array]
+TopKScorer = Callable[[Params, Rows], TopK]
 
 
 @functools.cache  # one program for all who ask for the same
-def make_old_scorer(config: Qwen3Config, *, temperature: float) -> OldScorer:
+def make_scorer(config: Qwen3Config, *, temperature: float) -> Scorer:
     """Compiled ``(params, rows) -> log-prob [B, T]`` of the sampled tokens, as the trainer reads it."""
     return jax.jit(lambda params, rows: token_logprobs(params, rows, config, temperature=temperature))
 
 
 @functools.cache
-def make_teacher_scorer(config: Qwen3Config, *, k: int, temperature: float) -> TeacherScorer:
-    """Compiled ``(params, rows) -> (sampled log-prob [B, T], ids [B, T, K], log-probs [B, T, K])``."""
-    return jax.jit(lambda params, rows: top_k_logprobs(params, rows, k, config, temperature=temperature))
+def make_topk_scorer(config: Qwen3Config, *, k: int, temperature: float, usable: int) -> TopKScorer:
+    """Compiled ``(params, rows) -> TopK``: sampled log-prob, likeliest ids, their log-probs, entropy."""
+
+    def score(params: Params, rows: Rows) -> TopK:
+        return top_k_logprobs(params, rows, k, config, temperature=temperature, usable=usable)
+
+    return jax.jit(score)
+
+
+@functools.cache
+def make_ids_scorer(config: Qwen3Config, *, temperature: float) -> Callable[[Params, Rows, Array], Array]:
+    """Compiled ``(params, rows, ids [B, T, K]) -> log-probs [B, T, K]`` of given ids."""
+    return jax.jit(
+        lambda params, rows, ids: readout(params, rows, ids, config, temperature=temperature).logprobs
+    )
 
 
 def check_rollouts(rollouts: Sequence[Rollout], vocabularies: dict[str, int]) -> None:
     """Refuse token ids that a model of the run has no embedding for."""
     for index, rollout in enumerate(rollouts):
-        highest = int(max(rollout.prompt_ids.max(), rollout.response_ids.max()))
+        ids = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+        lowest, highest = int(ids.min()), int(ids.max())
         for model, size in vocabularies.items():
-            if highest >= size:
+            if lowest < 0 or highest >= size:
                 raise InputError(
                     f"token ids must be in every model's vocabulary: rollout {index} of round "
-                    f"{rollout.round} has id {highest}, the {model} knows {size}; use models of one "
-                    "tokenizer"
+                    f"{rollout.round} has id {lowest if lowest < 0 else highest}, the {model} knows {size}; "
+                    "use models of one tokenizer"
                 )
 
 
@@ -62,25 +75,46 @@ def rows_of(rollouts: Sequence[Rollout], width: int) -> Rows:
     )
 
 
-def attach(rollouts: Sequence[Rollout], rows: Rows, old: Any, teacher: tuple[Any, Any, Any]) -> list[Rollout]:
-    """Rollouts with the scores of their rows: ``old [B, T]`` and the teacher's three arrays."""
-    sampled, ids, logprobs = teacher
+def attach(rollouts: Sequence[Rollout], rows: Rows, old: Any, teacher: TopK, **extra: Any) -> list[Rollout]:
+    """Rollouts with the scores of their rows.
+
+    Args:
+      rollouts: B of them.
+      rows: their rows, ``[B, T]``.
+      old: ``[B, T]``.
+      teacher: what the teacher says of them.
+      extra: further columns of `Score` by name, ``[B, T]`` or ``[B, T, K]``.
+    """
     # What the K leave out; -expm1(log mass) keeps the digits of a small remainder.
-    outside = np.maximum(-np.expm1(jax.nn.logsumexp(jnp.asarray(logprobs), axis=-1)), 0.0)
-    columns = [gather(x, rows.mask) for x in (old, sampled, ids, logprobs, outside)]
+    outside = np.maximum(-np.expm1(jax.nn.logsumexp(jnp.asarray(teacher.logprobs), axis=-1)), 0.0)
+    columns = {
+        "old_logprobs": old,
+        "teacher_logprobs": teacher.sampled,
+        "teacher_entropy": teacher.entropy,
+        "teacher_topk_ids": teacher.ids,
+        "teacher_topk_logprobs": teacher.logprobs,
+        "teacher_outside_mass": outside,
+        **extra,
+    }
+    by_row = {name: gather(values, rows.mask) for name, values in columns.items()}
     return [
-        dataclasses.replace(rollout, score=Score(*scores))
-        for rollout, *scores in zip(rollouts, *columns, strict=True)
+        dataclasses.replace(rollout, score=Score(**{name: values[row] for name, values in by_row.items()}))
+        for row, rollout in enumerate(rollouts)
     ]
 
 
 def batch_of(
-    rollouts: Sequence[Rollout], width: int, *, old_source: Literal["trainer", "sampler"] = "trainer"
+    rollouts: Sequence[Rollout],
+    width: int,
+    *,
+    staleness: int = 0,
+    old_source: Literal["trainer", "sampler"] = "trainer",
 ) -> Batch:
     """One minibatch of the gated step from scored rollouts, as NumPy arrays ``[B, width]``.
 
-    ``old_source`` says whose log-probs of the behaviour policy drift is measured against. With the
-    sampler's, the rounding between two engines is part of the drift from the first update on.
+    ``staleness`` is in rounds. ``old_source`` says whose log-probs of the behaviour policy drift is
+    measured against. With the sampler's, the rounding between two engines is part of the drift from the
+    first update on.
 
     Raises:
       InputError: a rollout has not been scored.
@@ -92,24 +126,51 @@ def batch_of(
             f"rollouts must be scored before they are trained on: round {rollouts[0].round} is not; "
             "run opd score first"
         )
-    if old_source == "trainer":
-        old = [score.old_logprobs for score in scores]
-    else:
-        old = [rollout.behaviour_logprobs for rollout in rollouts]
+
+    def column(name: str) -> Any:
+        values = [getattr(score, name) for score in scores]
+        return None if values[0] is None else spread(values, rows.mask)
+
+    def of_sequence(values: Any, dtype: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values, dtype)[:, None], rows.mask.shape)
+
+    _, group = np.unique([rollout.problem for rollout in rollouts], return_inverse=True)
+    sampler = old_source == "sampler"
     return Batch(
         rows=rows,
         signal=Signal(
-            old=spread(old, rows.mask),
-            teacher=spread([score.teacher_logprobs for score in scores], rows.mask),
-            support_ids=spread([score.teacher_topk_ids for score in scores], rows.mask),
-            support_logprobs=spread([score.teacher_topk_logprobs for score in scores], rows.mask),
+            old=spread([r.behaviour_logprobs for r in rollouts], rows.mask)
+            if sampler
+            else column("old_logprobs"),
+            teacher=column("teacher_logprobs"),
+            teacher_entropy=column("teacher_entropy"),
+            support_ids=column("teacher_topk_ids"),
+            support_logprobs=column("teacher_topk_logprobs"),
+            reward=of_sequence([rollout.reward for rollout in rollouts], np.float32),
+            group=of_sequence(group, np.int32),
+            staleness=of_sequence([staleness] * len(rollouts), np.float32),
+            again=column("again_logprobs"),
+            reference=column("reference_logprobs"),
+            student_ids=column("student_topk_ids"),
+            student_old=column("student_topk_logprobs"),
+            student_teacher=column("student_topk_teacher_logprobs"),
         ),
     )
 
 
 def mismatch(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """How far the sampler's log-probs lie from the trainer's: mean and largest |difference|, nats."""
-    difference = np.concatenate(
-        [np.abs(r.behaviour_logprobs - r.score.old_logprobs) for r in rollouts if r.score]
-    )
-    return {"mean": float(difference.mean()), "max": float(difference.max())}
+    return _distance([r.behaviour_logprobs - r.score.old_logprobs for r in rollouts if r.score])
+
+
+def null_drift(rollouts: Sequence[Rollout]) -> dict[str, float] | None:
+    """How far the trainer's log-probs lie from themselves under another batching; None if not scored."""
+    pairs = [(r.score.again_logprobs, r.score.old_logprobs) for r in rollouts if r.score]
+    return _distance([again - old for again, old in pairs if again is not None])
+
+
+def _distance(differences: Sequence[np.ndarray]) -> Any:
+    if not differences:
+        return None
+    size = np.abs(np.concatenate(differences))
+    return {"mean": float(size.mean()), "max": float(size.max())}

@@ -21,20 +21,29 @@ import pyarrow.parquet as pq
 from opd_jax.errors import InputError
 from opd_jax.files import replacing, sha256, write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # A dot file, so that tools which read the whole folder as parquet pass it by.
 MANIFEST = ".manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What scoring attaches to a rollout of R tokens; nats, at the sampling temperature."""
+    """What scoring attaches to a rollout of R tokens; nats, at the sampling temperature.
+
+    Columns that only some losses and weights ask for are None where they were not scored.
+    """
 
     old_logprobs: np.ndarray  # [R] by the trainer's own computation
     teacher_logprobs: np.ndarray  # [R] of the sampled tokens
+    teacher_entropy: np.ndarray  # [R] of the teacher's whole distribution
     teacher_topk_ids: np.ndarray  # [R, K] best first
     teacher_topk_logprobs: np.ndarray  # [R, K] raw, not renormalised
     teacher_outside_mass: np.ndarray  # [R] probability the K leave out
+    again_logprobs: np.ndarray | None = None  # [R] `old`, read a second time by another batching
+    reference_logprobs: np.ndarray | None = None  # [R] under the student before training
+    student_topk_ids: np.ndarray | None = None  # [R, K] of the behaviour policy, best first
+    student_topk_logprobs: np.ndarray | None = None  # [R, K] under it
+    student_topk_teacher_logprobs: np.ndarray | None = None  # [R, K] under the teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +75,15 @@ _ROLLOUT = {
 _SCORE = {
     "old_logprobs": _NATS,
     "teacher_logprobs": _NATS,
+    "teacher_entropy": _NATS,
     "teacher_topk_ids": pa.list_(_TOKENS),
     "teacher_topk_logprobs": pa.list_(_NATS),
     "teacher_outside_mass": _NATS,
+    "again_logprobs": _NATS,
+    "reference_logprobs": _NATS,
+    "student_topk_ids": pa.list_(_TOKENS),
+    "student_topk_logprobs": pa.list_(_NATS),
+    "student_topk_teacher_logprobs": pa.list_(_NATS),
 }
 
 
@@ -100,7 +115,9 @@ class RolloutStore:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             version = manifest["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if version == SCHEMA_VERSION:
+                _ = manifest["about"].keys(), [shard["round"] for shard in manifest["shards"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"a store's manifest must be whole JSON: {file} is not ({error}); restore it"
             ) from None
@@ -110,6 +127,11 @@ class RolloutStore:
                 "read it with the version that wrote it"
             )
         return manifest
+
+    @property
+    def about_store(self) -> dict[str, Any]:
+        """What the store says it belongs to."""
+        return dict(self._manifest()["about"])
 
     @property
     def rounds(self) -> list[int]:
@@ -201,7 +223,7 @@ class RolloutStore:
         try:
             rows = pq.read_table(file).to_pylist()
             rollouts = [_from_row(row, scored="old_logprobs" in row) for row in rows]
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"a shard must be a parquet file of rollouts: {file} is not ({error}); restore it"
             ) from None
@@ -218,7 +240,8 @@ def _check(rollout: Rollout, where: str) -> None:
             f"{len(rollout.prompt_ids)} and {length}; drop that row"
         )
     columns = {"behaviour_logprobs": rollout.behaviour_logprobs}
-    columns.update(vars(rollout.score) if rollout.score else {})
+    if rollout.score:
+        columns.update({name: column for name, column in vars(rollout.score).items() if column is not None})
     for name, column in columns.items():
         if len(column) != length:
             raise InputError(
@@ -232,12 +255,13 @@ def _check(rollout: Rollout, where: str) -> None:
 
 
 def _to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    scored = rollouts[0].score is not None
+    score = rollouts[0].score
     columns: dict[str, Any] = {}
     for name, kind in _ROLLOUT.items():
         columns[name] = pa.array([_plain(getattr(r, name)) for r in rollouts], kind)
-    for name, kind in _SCORE.items() if scored else ():
-        columns[name] = pa.array([_plain(getattr(r.score, name)) for r in rollouts], kind)
+    for name, kind in _SCORE.items():
+        if score is not None and getattr(score, name) is not None:
+            columns[name] = pa.array([_plain(getattr(r.score, name)) for r in rollouts], kind)
     return pa.table(columns)
 
 
@@ -258,5 +282,5 @@ def _from_row(row: Mapping[str, Any], scored: bool) -> Rollout:
         behaviour_logprobs=array("behaviour_logprobs"),
         truncated=row["truncated"],
         reward=row["reward"],
-        score=Score(**{name: array(name) for name in _SCORE}) if scored else None,
+        score=Score(**{name: array(name) for name in _SCORE if name in row}) if scored else None,
     )

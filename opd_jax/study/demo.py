@@ -1,4 +1,4 @@
-"""The demo: one base student, one seed, the same prompts and sampling noise, four ways to train."""
+"""The demo: one base student, one seed, the same prompts and sampling noise, three ways to train."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from opd_jax.config import Config
 from opd_jax.study.evaluation import Who
 from opd_jax.study.report import write_report
 from opd_jax.train.loop import export_student
-from opd_jax.train.run import Run, open_run
+from opd_jax.train.opening import open_run
+from opd_jax.train.run import Run
 
 # Arms differ from each other in the loss and in the gate's segments, and in nothing else.
-ARMS: dict[str, tuple[Any, Any]] = {
-    "opd": ("sampled_token", "none"),
-    "opd-block64": ("sampled_token", "block"),
-    "topk": ("teacher_topk", "none"),
-    "topk-block64": ("teacher_topk", "block"),
-}
+ARM_SETTINGS = ("loss.kind", "gate.segments")
 
 
-def arm_config(config: Config, loss: Any, segments: Any) -> Config:
-    """The demo's config with one arm's loss and gate."""
-    return dataclasses.replace(
-        config,
-        loss=dataclasses.replace(config.loss, kind=loss),
-        gate=dataclasses.replace(config.gate, segments=segments),
-    )
+def arms(config: Config) -> dict[str, Config]:
+    """The configs of the demo's arms by name: sampled-token OPD, with blocks, and teacher top-K."""
+    kinds: dict[str, tuple[Any, Any]] = {
+        "opd": ("sampled_token", "none"),
+        f"opd-block{config.gate.block}": ("sampled_token", "block"),
+        "topk": ("teacher_topk", "none"),
+    }
+    return {
+        name: dataclasses.replace(
+            config,
+            loss=dataclasses.replace(config.loss, kind=loss),
+            gate=dataclasses.replace(config.gate, segments=segments),
+        )
+        for name, (loss, segments) in kinds.items()
+    }
 
 
 def demo(
@@ -48,7 +52,7 @@ def demo(
     Returns:
       The report.
     """
-    runs = {name: open_run(folder / name, arm_config(config, *arm)) for name, arm in ARMS.items()}
+    runs = {name: open_run(folder / name, arm) for name, arm in arms(config).items()}
     first = next(iter(runs.values()))
     judge(first, "base", "base")
     judge(first, "teacher", "teacher")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from opd_jax.evaluate import Answer, answers, write_answers
+from opd_jax.files import write_text
+from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
 from opd_jax.rollout import make_sampler
-from opd_jax.train.interrupt import Interrupted, Stop
 from opd_jax.train.run import Run
 
 Who = Literal["student", "base", "teacher"]
@@ -21,6 +24,15 @@ def answers_file(run: Run, who: Who) -> Path:
     """Where a model's answers lie: ``evaluation/base.jsonl``, ``teacher.jsonl``, ``update-00160.jsonl``."""
     name = f"update-{int(run.state.update):05d}" if who == "student" else who
     return run.folder / "evaluation" / f"{name}.jsonl"
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """What two evaluations must share to be compared problem by problem."""
+    return {
+        **dataclasses.asdict(run.config.evaluation),
+        "max_response": run.config.sampling.max_response,
+        "problems": run.identity["problems.heldout"],
+    }
 
 
 def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Stop) -> Path:
@@ -50,7 +62,7 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
         max_response=sampling.max_response,
         temperature=evaluation.temperature,
         top_p=evaluation.top_p,
-        usable=len(run.tokenizer),
+        usable=run.usable,
     )
     records = []
     with jax.set_mesh(run.mesh):
@@ -69,4 +81,5 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
             records.append(answer)
             report(answer)
     write_answers(file, records)
+    write_text(file.with_suffix(".json"), json.dumps(conditions(run), indent=1) + "\n")
     return file

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from opd_jax.method.structure import SIZES
 from opd_jax.study.summary import Numbers, Summary
 
 # Arms keep one colour on the whole page; chosen to be told apart by most colour-blind readers.
@@ -44,6 +46,11 @@ def _svg(draw: Callable[[Sequence[Axes]], None], panels: int, height: float, row
     return text[text.index("<svg") :]
 
 
+def _coloured(summary: Summary) -> Iterator[tuple[Numbers, str]]:
+    """Every run with its colour."""
+    return zip(summary.runs, itertools.cycle(COLOURS), strict=False)
+
+
 def _count_along(axis: Axes, label: str) -> None:
     """An x-axis that counts: whole numbers only."""
     axis.set_xlabel(label)
@@ -60,7 +67,7 @@ def learning_curves(summary: Summary) -> str:
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (name, title) in zip(axes, panels, strict=True):
-            for run, colour in zip(summary.runs, COLOURS, strict=False):
+            for run, colour in _coloured(summary):
                 rounds = [r["round"] + 1 for r in run["rounds"]]
                 axis.plot(rounds, [r[name] for r in run["rounds"]], color=colour, label=run["name"])
             axis.set_title(title)
@@ -82,7 +89,9 @@ def within_round(summary: Summary) -> str:
 
     def draw(axes: Sequence[Axes]) -> None:
         upper, lower = axes[: len(summary.runs)], axes[len(summary.runs) :]
-        for run, colour, top, bottom in zip(summary.runs, COLOURS, upper, lower, strict=False):
+        for run, colour, top, bottom in zip(
+            summary.runs, itertools.cycle(COLOURS), upper, lower, strict=False
+        ):
             band(top, run, "drift_percentiles", colour)
             band(bottom, run, "weight_percentiles", colour)
             top.set_title(run["name"])
@@ -98,7 +107,7 @@ def effective_tokens(summary: Summary) -> str:
     """Effective token ratio and mean drift, by update within a round and over the run."""
 
     def draw(axes: Sequence[Axes]) -> None:
-        for run, colour in zip(summary.runs, COLOURS, strict=False):
+        for run, colour in _coloured(summary):
             positions = run["within_round"]
             updates = [position["update"] for position in positions]
             for axis, name in ((axes[0], "effective_token_ratio"), (axes[1], "drift_abs")):
@@ -124,17 +133,44 @@ def effective_tokens(summary: Summary) -> str:
     return _svg(draw, 3, 3.0)
 
 
+def structure(summary: Summary) -> str:
+    """Whether drift is coherent along a response: autocorrelation, variance of block means, cancellation."""
+    panels = (
+        ("autocorrelation", "autocorrelation of drift", "lag, tokens"),
+        ("block_variance", "variance of block means, over that of noise", "block size, tokens"),
+        ("cancellation", "|mean d| / mean |d| within blocks", "block size, tokens"),
+    )
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for axis, (name, title, label) in zip(axes, panels, strict=True):
+            for run, colour in _coloured(summary):
+                if run["diagnosis"]:
+                    told = sorted((int(key), value) for key, value in run["diagnosis"][name].items())
+                    axis.plot(*zip(*told, strict=True), "o-", ms=3, color=colour, label=run["name"])
+            axis.set_title(title)
+            axis.set_xlabel(label)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        blocks = np.array(SIZES, float)
+        axes[0].axhline(0, color="#999999", lw=0.8, ls="--")
+        axes[1].axhline(1, color="#999999", lw=0.8, ls="--")
+        axes[2].plot(blocks, blocks**-0.5, color="#999999", lw=0.8, ls="--")
+        axes[0].legend(frameon=False)
+
+    return _svg(draw, len(panels), 3.0)
+
+
 def scores(summary: Summary) -> str:
     """pass@1 and pass@n of every model, with 95% intervals over problems."""
     names = [judged["name"] for judged in summary.judged]
-    arms = {run["name"]: colour for run, colour in zip(summary.runs, COLOURS, strict=False)}
+    arms = {run["name"]: colour for run, colour in _coloured(summary)}
     metrics = [name for name in summary.judged[0] if name.startswith("pass@")]
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, metric in zip(axes, metrics, strict=True):
             for row, judged in enumerate(summary.judged):
                 value = judged[metric]
-                colour = arms.get(judged["name"], "#555555")
+                colour = arms[judged["name"]] if judged["kind"] == "arm" else "#555555"
                 axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
                 axis.plot(value["mean"], row, "o", color=colour)
             axis.set_yticks(range(len(names)), names)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from opd_jax.errors import InputError
 from opd_jax.files import write_text
 from opd_jax.settings import load_config
 from opd_jax.study import plots
@@ -40,8 +42,10 @@ def write_report(folders: Sequence[Path], page: Path) -> Path:
       page: the HTML file.
 
     Raises:
-      InputError: a folder is no trained run.
+      InputError: a folder is no trained run, or ``page`` would be overwritten by its numbers.
     """
+    if page.suffix == ".json":
+        raise InputError(f"a page has its numbers beside it as .json: got {page}; name it .html")
     folders = [Path(folder) for folder in folders]
     summary = summarise(folders)
     environment = Environment(
@@ -58,8 +62,13 @@ def write_report(folders: Sequence[Path], page: Path) -> Path:
         learning=Markup(plots.learning_curves(summary)),
         within=Markup(plots.within_round(summary)),
         effective=Markup(plots.effective_tokens(summary)),
+        structure=Markup(plots.structure(summary)) if any(run["diagnosis"] for run in summary.runs) else None,
         scores=Markup(plots.scores(summary)) if summary.judged else None,
-        rollouts=[shown for folder in folders for shown in _rollouts(folder)],
+        rollouts=[
+            shown
+            for folder, run in zip(folders, summary.runs, strict=True)
+            for shown in _rollouts(folder, run["name"])
+        ],
         metrics=[name for name in (summary.judged or [{}])[0] if name.startswith("pass@")],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -74,18 +83,21 @@ def _common(summary: Summary) -> Numbers:
     return {key: first[key] for key in first if all(other[key] == first[key] for other in others)}
 
 
-def _rollouts(folder: Path) -> list[dict[str, Any]]:
+def _rollouts(folder: Path, name: str) -> list[dict[str, Any]]:
     """A few rollouts of a gated run, at the last update of its last round."""
     config = load_config(folder / "config.yaml")
     files = sorted((folder / "tokens").glob("round-*.parquet"))
     if config.gate.segments == "none" or not files:
         return []
     tokenizer = load_tokenizer(Run(folder, config).student_folder)
-    rows = pq.read_table(files[-1]).to_pylist()[:SHOWN]
+    try:
+        rows = pq.read_table(files[-1]).to_pylist()[:SHOWN]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"tokens must be parquet: {files[-1]} is not ({error}); remove it") from None
     reach = max((abs(w - 1) for row in rows for w in row["weights"]), default=0.0) or 1.0
     return [
         {
-            "run": folder.name,
+            "run": name,
             "problem": row["problem"],
             "round": row["round"] + 1,
             "right": row["reward"] > 0,

@@ -14,7 +14,8 @@ import numpy as np
 from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, by_problem, read_answers
-from opd_jax.method import DRIFT_EDGES, WEIGHT_EDGES
+from opd_jax.files import read_text
+from opd_jax.method import DRIFT_EDGES, WEIGHT_EDGES, percentiles
 from opd_jax.rollout import RolloutStore
 from opd_jax.settings import load_config
 from opd_jax.study.statistics import Interval, mean_interval, paired_difference
@@ -37,15 +38,34 @@ def summarise(folders: Sequence[Path]) -> Summary:
     """Read run folders.
 
     Raises:
-      InputError: a folder is no run, or has not been trained yet.
+      InputError: a folder is no run, has not been trained yet, or was judged in another way than the
+        others.
     """
-    runs = [_run(folder) for folder in folders]
-    graded = _graded(folders)
+    names = _names(folders)
+    runs = [_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    graded = _graded(folders, names)
     return Summary(
         runs=runs,
-        judged=[_judged(name, records) for name, records in graded.items()],
-        compared=_compared(folders, graded),
+        judged=[_judged(kind, name, records) for (kind, name), records in graded.items()],
+        compared=_compared(runs, graded),
     )
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart.
+
+    Raises:
+      InputError: a folder is named twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise InputError("a run is reported once: a folder is named twice; drop one")
+    deepest = max(len(path.parts) for path in paths)
+    for length in range(1, deepest + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _config(folder: Path) -> Config:
@@ -54,10 +74,14 @@ def _config(folder: Path) -> Config:
     return load_config(folder / "config.yaml")
 
 
-def _run(folder: Path) -> Numbers:
+def _run(folder: Path, name: str) -> Numbers:
     config, lines = _config(folder), read_lines(folder / "metrics.jsonl")
     if not lines:
         raise InputError(f"a report needs a trained run: {folder} has no updates yet; distill it first")
+    if [line["update"] for line in lines] != list(range(len(lines))):
+        raise InputError(
+            f"metrics must have one line an update: {folder / 'metrics.jsonl'} has not; restore the file"
+        )
     per_round: dict[int, list[Numbers]] = defaultdict(list)
     per_position: dict[int, list[Numbers]] = defaultdict(list)
     for line in lines:
@@ -68,7 +92,7 @@ def _run(folder: Path) -> Numbers:
     for timing in read_lines(folder / "timings.jsonl"):
         seconds[timing["part"]] += timing["seconds"]
     return {
-        "name": folder.name,
+        "name": name,
         "settings": flatten(config),
         "seconds": dict(seconds),
         "tokens_trained": sum(line["tokens"] for line in lines),
@@ -103,37 +127,73 @@ def _run(folder: Path) -> Numbers:
             }
             for position, updates in sorted(per_position.items())
         ],
+        "diagnosis": _diagnosis([line for line in lines if "diagnosis" in line]),
     }
 
 
+def _diagnosis(lines: Sequence[Numbers]) -> Numbers | None:
+    """Means of the costly readings over the updates that have them; None if none has.
+
+    Readings of the drift's structure are missing at a round's first update, where nothing drifts.
+    """
+    if not lines:
+        return None
+    told = [line["diagnosis"] for line in lines]
+    means: Numbers = {
+        "updates": len(lines),
+        "gradient_norm": float(np.mean([line["gradient_norm"] for line in lines])),
+    }
+    for name in dict.fromkeys(name for one in told for name in one):
+        values = [one[name] for one in told if name in one]
+        if isinstance(values[0], dict):
+            keys = dict.fromkeys(key for value in values for key in value)
+            means[name] = {
+                key: float(np.mean([value[key] for value in values if key in value])) for key in keys
+            }
+        elif name.endswith("_max"):
+            means[name] = max(values)
+        elif name.endswith("_min"):
+            means[name] = min(values)
+        else:
+            means[name] = float(np.mean(values))
+    return means
+
+
 def _percentiles(lines: Sequence[Numbers], name: str, edges: Sequence[float]) -> list[float]:
-    """Percentiles of all tokens of several updates, linear within a bin; outer bins end at an edge."""
-    counts = np.sum([line[name] for line in lines], axis=0)
-    borders = np.array([edges[0], *edges, edges[-1]])
-    below = np.concatenate([[0], np.cumsum(counts)])
-    values = []
-    for percent in PERCENTILES:
-        wanted = below[-1] * percent / 100
-        bin_ = int(np.searchsorted(below[1:], wanted))
-        share = (wanted - below[bin_]) / counts[bin_]
-        values.append(float(borders[bin_] + share * (borders[bin_ + 1] - borders[bin_])))
-    return values
+    """Percentiles of all tokens of several updates."""
+    return percentiles(np.sum([line[name] for line in lines], axis=0).tolist(), edges, PERCENTILES)
 
 
-def _graded(folders: Sequence[Path]) -> dict[str, list[Answer]]:
-    """Every model's answers, base first and teacher last; an arm's are its latest."""
-    found: dict[str, list[Answer]] = {}
-    for who in ("base", "arms", "teacher"):
-        for folder in folders:
-            files = sorted((folder / "evaluation").glob(f"{'update-*' if who == 'arms' else who}.jsonl"))
-            if files:
-                found.setdefault(folder.name if who == "arms" else who, read_answers(files[-1]))
+def _graded(folders: Sequence[Path], names: Sequence[str]) -> dict[tuple[str, str], list[Answer]]:
+    """Every model's answers by (kind, name): the base first, the teacher last, an arm's latest."""
+    found: dict[tuple[str, str], list[Answer]] = {}
+    judged_as: dict[str, Any] | None = None
+    for kind in ("base", "arm", "teacher"):
+        for folder, name in zip(folders, names, strict=True):
+            files = (folder / "evaluation").glob(f"{'update-*' if kind == 'arm' else kind}.jsonl")
+            latest = max(files, key=lambda file: int(file.stem.partition("-")[2] or 0), default=None)
+            if latest is None:
+                continue
+            told = json.loads(read_text(latest.with_suffix(".json")))
+            if kind != "arm":  # whose base or teacher it is must be the same for all
+                told[kind] = RolloutStore(folder / "scored").about_store.get(
+                    "student" if kind == "base" else kind
+                )
+            judged_as = {**told, **(judged_as or {})}
+            for setting, value in told.items():
+                if judged_as[setting] != value:
+                    raise InputError(
+                        f"models are compared on the same terms: {latest} has {setting} = {value!r}, another "
+                        f"{judged_as[setting]!r}; evaluate them alike, or report them apart"
+                    )
+            found.setdefault((kind, name if kind == "arm" else kind), read_answers(latest))
     return found
 
 
-def _judged(name: str, records: Sequence[Answer]) -> Numbers:
+def _judged(kind: str, name: str, records: Sequence[Answer]) -> Numbers:
     samples = max(record.sample for record in records) + 1
     return {
+        "kind": kind,
         "name": name,
         "problems": len({record.problem for record in records}),
         "samples": samples,
@@ -146,25 +206,24 @@ def _judged(name: str, records: Sequence[Answer]) -> Numbers:
     }
 
 
-def _compared(folders: Sequence[Path], graded: dict[str, list[Answer]]) -> list[Numbers]:
+def _compared(runs: Sequence[Numbers], graded: dict[tuple[str, str], list[Answer]]) -> list[Numbers]:
     """Paired differences: every arm against the base, and a gate against none where only it differs."""
-    pairs = [(folder.name, "base") for folder in folders]
-    settings = {folder.name: flatten(_config(folder)) for folder in folders}
+    settings = {run["name"]: run["settings"] for run in runs}
+    pairs = [(("arm", name), ("base", "base")) for name in settings]
     for new in settings:
         for old in settings:
             differing = {key for key in settings[new] if settings[new][key] != settings[old][key]}
             if differing == {"gate.segments"} and settings[old]["gate.segments"] == "none":
-                pairs.append((new, old))
+                pairs.append((("arm", new), ("arm", old)))
     compared = []
-    for new, old in pairs:
-        if new not in graded or old not in graded:
+    for new_arm, old_arm in pairs:
+        if new_arm not in graded or old_arm not in graded:
             continue
-        samples = max(record.sample for record in graded[new]) + 1
-        row: Numbers = {"new": new, "old": old}
+        samples = max(record.sample for record in graded[new_arm]) + 1
+        row: Numbers = {"new": new_arm[1], "old": old_arm[1]}
         for k in sorted({1, samples}):
-            sides = by_problem(graded[new], k), by_problem(graded[old], k)
-            if sides[0].keys() == sides[1].keys():
-                row[f"pass@{k}"] = dataclasses.asdict(paired_difference(*sides))
+            sides = by_problem(graded[new_arm], k), by_problem(graded[old_arm], k)
+            row[f"pass@{k}"] = dataclasses.asdict(paired_difference(*sides))
         compared.append(row)
     return compared
 

@@ -1,7 +1,7 @@
 """What is asked and whether an answer is right."""
 
 from opd_jax.tasks.grade import boxed, grade
-from opd_jax.tasks.problems import Problem, read_problems, write_problems
+from opd_jax.tasks.problems import Problem, read_problems
 from opd_jax.tasks.text import (
     copy_tokenizer,
     decode_response,
@@ -22,5 +22,4 @@ __all__ = [
     "newline_table",
     "read_problems",
     "tokenizer_digest",
-    "write_problems",
 ]

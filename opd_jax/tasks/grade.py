@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")  # not "1 2", which is no 12
 
 
 def boxed(text: str) -> str | None:
@@ -25,8 +26,8 @@ def boxed(text: str) -> str | None:
 def grade(response: str, gold: str) -> bool:
     r"""True if the last boxed answer of ``response`` equals ``gold``.
 
-    Integers are compared as integers of any length, anything else as text without spaces; nothing is
-    evaluated. A response without a closed box is wrong.
+    Integers are compared as integers of any length, anything else as text in which spaces count only
+    between two letters or digits; nothing is evaluated. A response without a closed box is wrong.
 
     >>> grade(r"\boxed{+07}", "7"), grade(r"\boxed{7} or \boxed{8}", "7"), grade("7", "7")
     (True, False, False)
@@ -34,7 +35,7 @@ def grade(response: str, gold: str) -> bool:
     answer = boxed(response)
     if answer is None:
         return False
-    answer, gold = "".join(answer.split()), "".join(gold.split())
+    answer, gold = (_SPACE.sub("", text.strip()) for text in (answer, gold))
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return _canonical(answer) == _canonical(gold)
     return answer == gold

@@ -29,7 +29,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # slow to import
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a broken tokenizer raises whatever its parser does
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"a tokenizer must be one that AutoTokenizer loads: that of {folder} is not ({reason}); "
+            "restore it"
+        ) from None
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:

@@ -17,11 +17,14 @@ KEEP = 2  # checkpoints; a save that is cut short leaves the one before it whole
 class Checkpoints:
     """Checkpoints of one run, named by the number of updates done."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, writing: bool) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"checkpoints must be a folder: {folder} is a file; restore the folder")
+        self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writing,  # another process may be writing one
         )
 
     @property
@@ -47,10 +50,11 @@ class Checkpoints:
         """
         try:
             restored = TrainState(**self._checkpointer.load(self.latest, vars(like)))
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # orbax and what it stands on raise many kinds
+            reason = str(error).splitlines()[0][:200]
             raise InputError(
-                f"a checkpoint must be of this run's student and optimizer: update {self.latest} is "
-                f"not ({str(error).splitlines()[0]}); use the run folder it was made in"
+                f"a checkpoint must be whole and of this run: {self._folder / str(self.latest)} is not "
+                f"({reason}); restore it, or remove it to go on from the one before"
             ) from None
         # Orbax casts silently when dtypes differ.
         for want, got in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):

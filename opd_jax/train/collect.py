@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import jax
@@ -11,22 +11,26 @@ import numpy as np
 
 from opd_jax.config import Config
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import batch_sharding
 from opd_jax.rollout.jax_engine import Request, make_sampler, sample
 from opd_jax.rollout.score import (
+    Scorer,
     attach,
     check_rollouts,
-    make_old_scorer,
-    make_teacher_scorer,
+    make_ids_scorer,
+    make_scorer,
+    make_topk_scorer,
     mismatch,
+    null_drift,
     rows_of,
 )
 from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
-from opd_jax.train.interrupt import Interrupted, Stop
-from opd_jax.train.metrics import append_timing
+from opd_jax.train.choices import wanted_extras
 from opd_jax.train.run import Run, params_digest
+from opd_jax.types import Rows
 
 
 def draws_of_round(config: Config, problems: Sequence[Problem], round_: int) -> list[tuple[Problem, int]]:
@@ -58,7 +62,7 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them."""
-    began, round_, config = time.monotonic(), len(run.rollouts.rounds), run.config
+    round_, config = len(run.rollouts.rounds), run.config
     draws = draws_of_round(config, run.problems, round_)
     prompts = {problem.id: encode_prompt(run.tokenizer, problem.prompt) for problem, _ in draws}
     generated = sample(
@@ -69,7 +73,7 @@ def sample_round(run: Run, stop: Stop) -> None:
             max_response=config.sampling.max_response,
             temperature=config.sampling.temperature,
             top_p=config.sampling.top_p,
-            usable=len(run.tokenizer),
+            usable=run.usable,
         ),
         run.state.params,
         [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
@@ -102,12 +106,11 @@ def sample_round(run: Run, stop: Stop) -> None:
         reward=float(np.mean([rollout.reward for rollout in rollouts])),
         truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
     )
-    append_timing(run.timings_file, "sample", round_, began)
 
 
 def score_round(run: Run, stop: Stop) -> None:
-    """Attach `old` and the teacher's signal to the newest round of rollouts."""
-    began, round_, config = time.monotonic(), len(run.scored.rounds), run.config
+    """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts."""
+    round_, config = len(run.scored.rounds), run.config
     if run.rollouts.shard(round_)["policy"] != params_digest(run.state.params):
         raise InputError(
             f"old log-probs are read by the policy that sampled: the student in {run.folder} is not "
@@ -115,21 +118,73 @@ def score_round(run: Run, stop: Stop) -> None:
         )
     rollouts = run.rollouts.read(round_)
     teacher_config, teacher = run.teacher
+    if len(rollouts) != config.sampling.prompts * config.sampling.samples:
+        raise InputError(
+            f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
+            f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
+        )
     check_rollouts(rollouts, {"student": run.model.vocab_size, "teacher": teacher_config.vocab_size})
     temperature = config.sampling.temperature
-    score_old = make_old_scorer(run.model, temperature=temperature)
-    score_teacher = make_teacher_scorer(teacher_config, k=config.loss.top_k, temperature=temperature)
+    score = make_scorer(run.model, temperature=temperature)
+    # Only ids that every model knows and the tokenizer means something by.
+    usable = min(run.usable, run.model.vocab_size, teacher_config.vocab_size)
+    score_teacher = make_topk_scorer(
+        teacher_config, k=config.loss.top_k, temperature=temperature, usable=usable
+    )
+    extras = wanted_extras(config)
     scored: dict[int, Rollout] = {}
-    for chosen in minibatch_plan(config, round_):
+    for chosen in parts_of_round(config, round_):
         if stop():
             raise Interrupted
         members = [rollouts[index] for index in chosen]
         rows = rows_of(members, run.width)
         placed = jax.device_put(rows, batch_sharding(run.mesh))
-        old = jax.device_get(score_old(run.state.params, placed))
-        signal = jax.device_get(score_teacher(teacher, placed))
-        scored.update(zip(chosen.tolist(), attach(members, rows, old, signal), strict=True))
+        old = score(run.state.params, placed)
+        columns: dict[str, Any] = {}
+        if "again" in extras:
+            columns["again_logprobs"] = _again(run, rows, score)
+        if "reference" in extras:
+            columns["reference_logprobs"] = score(run.base[1], placed)
+        if "student_topk" in extras:
+            score_student = make_topk_scorer(
+                run.model, k=config.loss.student_k, temperature=temperature, usable=usable
+            )
+            score_ids = make_ids_scorer(teacher_config, temperature=temperature)
+            student = score_student(run.state.params, placed)
+            columns |= {
+                "student_topk_ids": student.ids,
+                "student_topk_logprobs": student.logprobs,
+                "student_topk_teacher_logprobs": score_ids(teacher, placed, student.ids),
+            }
+        old, signal, columns = jax.device_get((old, score_teacher(teacher, placed), columns))
+        told = attach(members, rows, old, signal, **columns)
+        scored.update(zip(chosen.tolist(), told, strict=True))
     in_order = [scored[index] for index in range(len(rollouts))]
     run.scored.append(in_order)
-    run.scored.seal(round_, mismatch=mismatch(in_order))
-    append_timing(run.timings_file, "score", round_, began)
+    run.scored.seal(
+        round_, extras=sorted(extras), mismatch=mismatch(in_order), null_drift=null_drift(in_order)
+    )
+
+
+def parts_of_round(config: Config, round_: int) -> list[np.ndarray]:
+    """Which rollouts are computed together, in scoring as in training: the micro-batches of a round."""
+    count = config.schedule.microbatches
+    return [chosen[part::count] for chosen in minibatch_plan(config, round_) for part in range(count)]
+
+
+def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:
+    """The log-probs that `score` gives for the same rows in halves and in reverse order."""
+    count = len(rows.tokens)
+    ways = run.config.mesh.data * run.config.mesh.fsdp
+    size = count // 2 if count % 2 == 0 and (count // 2) % ways == 0 else count
+    backwards = jax.tree.map(lambda x: x[::-1], rows)
+    parts = [
+        score(
+            run.state.params,
+            jax.device_put(
+                jax.tree.map(lambda x, at=at: x[at : at + size], backwards), batch_sharding(run.mesh)
+            ),
+        )
+        for at in range(0, count, size)
+    ]
+    return np.concatenate(jax.device_get(parts))[::-1]

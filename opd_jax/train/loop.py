@@ -6,19 +6,24 @@ between them lies on disk.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.model import save_pretrained
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import copy_tokenizer
+from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round, score_round
-from opd_jax.train.interrupt import Interrupted, Stop
+from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
+from opd_jax.train.opening import exclusive
 from opd_jax.train.run import Run
 
 Report = Callable[[dict], None]  # called after every update with its line of metrics
@@ -26,8 +31,9 @@ Report = Callable[[dict], None]  # called after every update with its line of me
 
 def distill(run: Run, report: Report, stop: Stop) -> None:
     """Do all rounds that are still to be done."""
-    while (part := next_part(run)) != "done":
-        do_part(run, part, report, stop)
+    with exclusive(run):
+        while (part := next_part(run)) != "done":
+            _do(run, part, report, stop)
 
 
 def next_part(run: Run) -> str:
@@ -53,23 +59,37 @@ def do_part(run: Run, part: str, report: Report, stop: Stop) -> None:
       InputError: another part is due.
       Interrupted: ``stop()`` said so, and what was done is on disk.
     """
-    due = next_part(run)
-    if due == "done":
-        raise InputError(
-            f"a finished run is not continued: {run.folder} has done all "
-            f"{run.config.schedule.rounds} rounds; evaluate it, or name a new folder"
-        )
-    if due != part:
-        raise InputError(f"parts come in turn: {run.folder} is due for {due}, not {part}; {due} it")
+    with exclusive(run):
+        due = next_part(run)
+        if due == "done":
+            raise InputError(
+                f"a finished run is not continued: {run.folder} has done all "
+                f"{run.config.schedule.rounds} rounds; evaluate it, or raise schedule.rounds"
+            )
+        if due != part:
+            raise InputError(f"parts come in turn: {run.folder} is due for {due}, not {part}; {due} it")
+        _do(run, part, report, stop)
+
+
+def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
     if stop():
         raise Interrupted
-    with jax.set_mesh(run.mesh):
-        if part == "sample":
-            sample_round(run, stop)
-        elif part == "score":
-            score_round(run, stop)
-        else:
-            train_round(run, report, stop)
+    began, round_ = time.monotonic(), _round_of(run, part)
+    try:
+        with jax.set_mesh(run.mesh):
+            if part == "sample":
+                sample_round(run, stop)
+            elif part == "score":
+                score_round(run, stop)
+            else:
+                train_round(run, report, stop)
+    finally:
+        append_timing(run.timings_file, part, round_, began)
+
+
+def _round_of(run: Run, part: str) -> int:
+    done = {"sample": len(run.rollouts.rounds), "score": len(run.scored.rounds)}
+    return done.get(part, int(run.state.update) // run.config.schedule.updates_per_round)
 
 
 def train_round(run: Run, report: Report, stop: Stop) -> None:
@@ -78,9 +98,12 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     A stop between two updates saves the state there, inside the reuse cycle.
     """
     config, schedule = run.config, run.config.schedule
-    began, first = time.monotonic(), int(run.state.update)
+    first = int(run.state.update)
     round_ = first // schedule.updates_per_round
+    check_extras(run, round_)
     rollouts = run.scored.read(round_)
+    drawn_at = run.rollouts.shard(round_)["update"]
+    staleness = round_ - drawn_at // schedule.updates_per_round
     plan = minibatch_plan(config, round_)
     for update in range(first, (round_ + 1) * schedule.updates_per_round):
         if stop():
@@ -89,10 +112,14 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         position = update % schedule.updates_per_round
         pass_, minibatch = divmod(position, schedule.minibatches)
         members = [rollouts[index] for index in plan[minibatch]]
-        batch = batch_of(members, run.width, old_source=config.loss.old_source)
+        batch = batch_of(members, run.width, staleness=staleness, old_source=config.loss.old_source)
+        line: dict[str, Any] = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
+        if config.log.diagnose_every and update % config.log.diagnose_every == 0:
+            told = run.diagnose(run.state.params, batch, run.state.update)
+            line["diagnosis"] = diagnosis(told)
         run.state, readings = run.train_step(run.state, batch)
-        line = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
         line |= as_line(readings)
+        _check_finite(run, line)
         append_line(run.metrics_file, line)
         report(line)
     keep = config.log.rows
@@ -100,7 +127,32 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
         write_tokens(path, members[:keep], batch.rows.mask, readings)
     run.checkpoints.save(run.state)
-    append_timing(run.timings_file, "train", round_, began)
+
+
+def check_extras(run: Run, round_: int) -> None:
+    """Refuse to train on a round that lacks what the config's loss, weights or gate ask for.
+
+    Raises:
+      InputError: the store does not hold it; the message names what, and who asks.
+    """
+    held = run.scored.shard(round_).get("extras", [])
+    for extra, who in wanted_extras(run.config).items():
+        if extra not in held:
+            raise InputError(
+                f"a store must hold what training asks for: {who} needs {extra}, round {round_} in "
+                f"{run.scored.path} has {', '.join(held) or 'none such'}; score the rollouts again"
+            )
+
+
+def _check_finite(run: Run, line: dict[str, Any]) -> None:
+    """Stop before a broken update is saved; the last saved state stays as it is."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(line[name]):
+            raise InputError(
+                f"training must stay finite: in {run.folder} update {line['update']} has {name} "
+                f"{line[name]}; what was saved before is kept: lower optimizer.learning_rate, or check the "
+                "models"
+            )
 
 
 def export_student(run: Run) -> Path:

@@ -7,6 +7,7 @@ to ``timings.jsonl``, so that two equal runs differ in that file only.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +18,48 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_jax.files import replacing, write_text
+from opd_jax.errors import InputError
+from opd_jax.files import read_text, replacing, write_text
+from opd_jax.method import readings as figures
 from opd_jax.rollout.store import Rollout
-from opd_jax.train.step import Readings
+from opd_jax.train.gradient import Readings
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if it is not there. A torn last line is left out."""
+    """The objects of a JSON-lines file; none if it is not there. A torn last line is left out.
+
+    Raises:
+      InputError: another line is no JSON object.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = read_text(path).split("\n")
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise InputError(
+                f"each line must be a JSON object: line {number} of {path} is not; restore the file"
+            )
+        found.append(fields)
+    return found
 
 
 def append_line(path: Path, fields: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file."""
+    """Add one object to a JSON-lines file, on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(fields) + "\n")
+        file.write(json.dumps(fields, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_lines(path: Path) -> None:
+    """Drop a torn last line."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_lines(path)))
 
 
 def append_timing(path: Path, part: str, round_: int, began: float) -> None:
@@ -44,21 +70,20 @@ def append_timing(path: Path, part: str, round_: int, began: float) -> None:
 
 def drop_lines_from(path: Path, update: int) -> None:
     """Forget the updates that a restored state has not done yet."""
-    if not path.exists():
-        return
-    kept = [line for line in read_lines(path) if line["update"] < update]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    lines = read_lines(path)
+    kept = [line for line in lines if line["update"] < update]
+    mend_lines(path)
+    if len(kept) < len(lines):
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def as_line(readings: Readings) -> dict[str, Any]:
     """One update's means and histograms as JSON values."""
-    readings = jax.device_get(readings)
-    line: dict[str, Any] = {
-        name: float(total) / float(count) if count else 0.0 for name, (total, count) in readings.sums.items()
-    }
-    line["tokens"] = int(readings.sums["drift"][1])
-    line["drift_histogram"] = readings.drift_histogram.astype(int).tolist()
-    line["weight_histogram"] = readings.weight_histogram.astype(int).tolist()
+    told = jax.device_get(readings)
+    line: dict[str, Any] = figures(told.sums)
+    line["tokens"] = int(told.sums["drift"][1])
+    for name, counts in told.histograms.items():
+        line[f"{name}_histogram"] = counts.astype(int).tolist()
     return line
 
 

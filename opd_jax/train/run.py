@@ -1,6 +1,7 @@
 """A run folder: everything one run owns, opened from its config.
 
 config.yaml     the resolved settings
+identity.json   digests of the models, the tokenizer and the problems it began with
 rollouts/       what the student sampled, a shard a round
 scored/         the same with old log-probs and the teacher's signal
 checkpoints/    training states
@@ -15,24 +16,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
-from opd_jax.config import Config, flatten
+from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.files import sha256
 from opd_jax.model import Qwen3Config, load_pretrained, make_mesh
 from opd_jax.named import call_named, is_named
 from opd_jax.rollout.store import RolloutStore
-from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, read_problems, tokenizer_digest
 from opd_jax.tasks.problems import check_problems
 from opd_jax.train.checkpoint import Checkpoints, abstract
-from opd_jax.train.metrics import drop_lines_from
+from opd_jax.train.diagnose import Diagnose, make_diagnosis
+from opd_jax.train.metrics import read_lines
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import TrainState, TrainStep, init_state, make_train_step, state_shardings
 from opd_jax.types import Params
@@ -44,6 +49,7 @@ class Run:
 
     folder: Path
     config: Config
+    writing: bool = False  # inside `exclusive`
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -67,7 +73,7 @@ class Run:
 
     @functools.cached_property
     def teacher(self) -> tuple[Qwen3Config, Params]:
-        if tokenizer_digest(load_tokenizer(self.teacher_folder)) != self.about["tokenizer"]:
+        if tokenizer_digest(load_tokenizer(self.teacher_folder)) != self.identity["tokenizer"]:
             raise InputError(
                 f"student and teacher must share one tokenizer: {self.student_folder} and "
                 f"{self.teacher_folder} do not; choose models of one family"
@@ -77,6 +83,17 @@ class Run:
     def _load(self, folder: Path) -> tuple[Qwen3Config, Params]:
         config, params = load_pretrained(folder, mesh=self.mesh)
         settings = self.config.model
+        if self.usable > config.vocab_size:
+            raise InputError(
+                f"a model must know every id of the tokenizer: {folder} has {config.vocab_size}, the "
+                f"tokenizer {self.usable}; use the tokenizer that the model was trained with"
+            )
+        for name, leaf in traverse_util.flatten_dict(params).items():
+            if not jnp.all(jnp.isfinite(leaf)):
+                raise InputError(
+                    f"weights must be finite: {'.'.join(name)} of {folder} holds NaN or infinity; "
+                    "restore them"
+                )
         config = dataclasses.replace(
             config, compute_dtype=settings.compute_dtype, head_chunk=settings.head_chunk
         )
@@ -91,6 +108,11 @@ class Run:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.student_folder)
 
+    @property
+    def usable(self) -> int:
+        """Ids that mean something; a model's vocabulary may be padded beyond them."""
+        return len(self.tokenizer)
+
     @functools.cached_property
     def problems(self) -> list[Problem]:
         return _problems(self.config.problems.train, "problems.train")
@@ -99,6 +121,17 @@ class Run:
     def heldout(self) -> list[Problem]:
         return _problems(self.config.problems.heldout, "problems.heldout")
 
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of what a run is made from; it goes on only with the same."""
+        return {
+            "student": model_digest(self.student_folder),
+            "teacher": model_digest(self.teacher_folder),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "problems.train": problems_digest(self.problems),
+            "problems.heldout": problems_digest(self.heldout),
+        }
+
     # Stores
 
     @functools.cached_property
@@ -106,8 +139,8 @@ class Run:
         """What this run's rollouts belong to."""
         sampling = self.config.sampling
         return {
-            "student": model_digest(self.student_folder),
-            "tokenizer": tokenizer_digest(self.tokenizer),
+            "student": self.identity["student"],
+            "tokenizer": self.identity["tokenizer"],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": self.config.seed,
@@ -122,7 +155,7 @@ class Run:
     def scored(self) -> RolloutStore:
         about = {
             **self.about,
-            "teacher": model_digest(self.teacher_folder),
+            "teacher": self.identity["teacher"],
             "top_k": self.config.loss.top_k,
         }
         return RolloutStore(self.folder / "scored", about)
@@ -139,23 +172,37 @@ class Run:
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints")
+        return Checkpoints(self.folder / "checkpoints", writing=self.writing)
 
     @functools.cached_property
     def state(self) -> TrainState:
-        """The newest state on disk, or the base student's."""
+        """The newest state on disk, or the base student's.
+
+        Raises:
+          InputError: there is no state though the run has trained.
+        """
         # A copy: the step donates its state, and the base parameters are needed again.
-        fresh = init_state(jax.tree.map(jax.numpy.copy, self.base[1]), self.optimizer)
-        if self.checkpoints.latest is None:
-            return jax.device_put(fresh, self._shardings)
-        state = self.checkpoints.restore(abstract(fresh, self._shardings))
-        drop_lines_from(self.metrics_file, int(state.update))
-        return state
+        fresh = init_state(jax.tree.map(jnp.copy, self.base[1]), self.optimizer)
+        if self.checkpoints.latest is not None:
+            return self.checkpoints.restore(abstract(fresh, self._shardings))
+        schedule, done = self.config.schedule, len(read_lines(self.metrics_file))
+        # Before the first state is saved there is at most one round of updates.
+        if done > schedule.updates_per_round or len(self.rollouts.rounds) > 1 + schedule.staleness:
+            raise InputError(
+                f"a run that has trained must have its state: {self.folder} has none in checkpoints after "
+                f"{done} updates; restore it, or start a new run folder"
+            )
+        return jax.device_put(fresh, self._shardings)
 
     @functools.cached_property
     def train_step(self) -> TrainStep:
         newline = newline_table(self.tokenizer, self.model.vocab_size)
         return make_train_step(self.model, self.config, self.optimizer, newline, self._shardings, self.mesh)
+
+    @functools.cached_property
+    def diagnose(self) -> Diagnose:
+        newline = newline_table(self.tokenizer, self.model.vocab_size)
+        return make_diagnosis(self.model, self.config, newline, self._shardings.params, self.mesh)
 
     @property
     def width(self) -> int:
@@ -171,44 +218,10 @@ class Run:
         return self.folder / "timings.jsonl"
 
 
-def open_run(folder: str | Path, config: Config | None = None) -> Run:
-    """Open a run folder, or make one.
-
-    Args:
-      folder: the run.
-      config: needed for a new run; for an old one it must equal the config saved there.
-
-    Raises:
-      InputError: a new run has no config, or an old one has another.
-    """
-    folder = Path(folder)
-    file = folder / "config.yaml"
-    if file.exists():
-        saved = load_config(file)
-        if config is not None and config != saved:
-            here, there = flatten(config), flatten(saved)
-            name = next(name for name in here if here[name] != there[name])
-            raise InputError(
-                f"a run keeps the config it began with: {folder} has {name} = {there[name]!r}, not "
-                f"{here[name]!r}; drop the override, or name a new folder"
-            )
-        return Run(folder, saved)
-    if config is None:
-        raise InputError(
-            f"a new run needs a config: {folder} has no config.yaml; add --config configs/lab.yaml"
-        )
-    run = Run(folder, config)
-    _ = run.student_folder, run.teacher_folder  # a run that cannot begin leaves no folder behind
-    _ = run.problems, run.heldout
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, file)
-    return run
-
-
 def _model_folder(source: str, name: str) -> Path:
     if not source:
         raise InputError(f"{name} must be set: it is empty; name a folder in Hugging Face format")
-    folder = Path(call_named(source) if is_named(source) else source)
+    folder = Path(call_named(source, (str, Path)) if is_named(source) else source)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{name} must be a model folder in Hugging Face format: {folder} has no config.json; "
@@ -222,7 +235,7 @@ def _problems(source: str, name: str) -> list[Problem]:
         raise InputError(f"{name} must be set: it is empty; name a JSON-lines file of problems")
     if not is_named(source):
         return read_problems(source)
-    problems = call_named(source)
+    problems = call_named(source, list)
     check_problems(problems, source)
     return problems
 
@@ -238,4 +251,12 @@ def params_digest(params: Params) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 over problems in their order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 import pytest
 
 from opd_jax.errors import InputError
-from opd_jax.lab import chains, first_slip, solution
+from opd_jax.lab import chains, heldout, solution, train, validation
 from opd_jax.lab.chains import split_of
 from opd_jax.lab.tokenizer import TOKENS, VOCABULARY
 from opd_jax.tasks import Problem, encode_prompt, grade, newline_table
@@ -18,13 +18,6 @@ def test_solutions_are_right_and_what_they_look_like():
             expression = expression.replace(label, " ")
         assert sum(int(term) for term in expression.split()) == int(problem.answer)
         assert grade(solution(problem), problem.answer)
-        assert first_slip(problem, solution(problem)) is None
-
-
-def test_a_slip_is_found_where_it_is():
-    problem = Problem("x", "a+3b+9c-4\n", "8")
-    assert first_slip(problem, "a+3=3\nb+9=11\nc-4=8\n\\boxed{8}") == 11
-    assert first_slip(problem, "a+3=3\n") == 6
 
 
 def test_train_and_heldout_share_nothing():
@@ -35,9 +28,15 @@ def test_train_and_heldout_share_nothing():
     assert len({p.id for p in train}) == 1500
 
 
+def test_settings_are_chosen_on_problems_of_their_own():
+    splits = [{problem.id for problem in split()} for split in (train, validation, heldout)]
+    assert [len(split) for split in splits] == [4096, 200, 200]
+    assert len(set.union(*splits)) == 4496
+
+
 def test_seeds_and_difficulty():
     assert chains("train", 5) == chains("train", 5) != chains("train", 5, seed=1)
-    for problem in chains("train", 50, terms=(4, 4), largest=50):
+    for problem in chains("train", 300, terms=(4, 4), largest=99):
         totals = [int(line.split("=")[1]) for line in solution(problem).splitlines()[:-1]]
         assert len(totals) == 4
         assert all(0 <= total <= 99 for total in totals)

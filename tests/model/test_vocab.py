@@ -43,11 +43,12 @@ def test_top_k_is_sorted_raw_and_beside_the_target(small, rows, chunk):
     config, params = small
     config = dataclasses.replace(config, head_chunk=chunk)
     want = dense(params, rows, config, 1.3)
-    sampled, ids, best = top_k_logprobs(params, rows, 5, config, temperature=1.3)
-    np.testing.assert_allclose(best, -np.sort(-want, -1)[..., :5], atol=2e-5)
-    np.testing.assert_allclose(np.take_along_axis(want, np.asarray(ids), -1), best, atol=2e-5)
+    got = top_k_logprobs(params, rows, 5, config, temperature=1.3)
+    np.testing.assert_allclose(got.logprobs, -np.sort(-want, -1)[..., :5], atol=2e-5)
+    np.testing.assert_allclose(np.take_along_axis(want, np.asarray(got.ids), -1), got.logprobs, atol=2e-5)
+    np.testing.assert_allclose(got.entropy, -(np.exp(want) * want).sum(-1), atol=2e-5)
     np.testing.assert_allclose(
-        sampled, np.take_along_axis(want, np.asarray(rows.targets)[..., None], -1)[..., 0], atol=2e-5
+        got.sampled, np.take_along_axis(want, np.asarray(rows.targets)[..., None], -1)[..., 0], atol=2e-5
     )
 
 

@@ -1,6 +1,7 @@
 """The report: numbers equal to what the run wrote down, a page that stands alone, refusals."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,10 +11,9 @@ from opd_jax.errors import InputError
 from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.study.evaluation import answers_file, evaluate_run
 from opd_jax.study.report import write_report
-from opd_jax.study.summary import PERCENTILES, _percentiles
 from opd_jax.train.loop import distill
 from opd_jax.train.metrics import read_lines
-from opd_jax.train.run import open_run
+from opd_jax.train.opening import open_run
 from tests.conftest import tiny_config
 
 
@@ -22,7 +22,9 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = []
     for gate in ("none", "block"):
-        run = open_run(folder / f"arm-{gate}", tiny_config(f"--gate.segments={gate}"))
+        run = open_run(
+            folder / f"arm-{gate}", tiny_config(f"--gate.segments={gate}", "--log.diagnose_every=3")
+        )
         distill(run, lambda line: None, lambda: False)
         for who in ("student", "base"):
             evaluate_run(run, who, lambda answer: None, lambda: False)
@@ -83,19 +85,53 @@ def test_the_page_stands_alone_and_is_well_formed(page):
     checker = Checker()
     checker.feed(text)
     assert not checker.open
-    assert checker.svgs == 4
+    assert checker.svgs == 5
     assert checker.borders >= 4  # two rollouts of several blocks of eight tokens
     assert "<script" not in text
 
 
-def test_percentiles_of_a_histogram():
-    edges = (0.0, 1.0, 2.0, 4.0)
-    # Ten values spread evenly over [1, 2), after empty bins: linear within the bin.
-    got = _percentiles([{"h": [0, 0, 10, 0, 0]}], "h", edges)
-    np.testing.assert_allclose(got, [1 + p / 100 for p in PERCENTILES])
-    # Two updates add up; half the values lie below 1 and half above 2, a quarter beyond the last edge.
-    got = _percentiles([{"h": [0, 2, 0, 1, 0]}, {"h": [0, 0, 0, 0, 1]}], "h", edges)
-    np.testing.assert_allclose(got, [0.1, 0.5, 1.0, 4.0, 4.0])
+def copied(run, where):
+    shutil.copytree(run.folder, where)
+    return where
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(page, tmp_path):
+    runs, _ = page
+    folders = [copied(run, tmp_path / name / "run") for run, name in zip(runs, "ab", strict=True)]
+    numbers = json.loads(write_report(folders, tmp_path / "r.html").with_suffix(".json").read_text())
+    assert [run["name"] for run in numbers["runs"]] == ["a/run", "b/run"]
+    assert {judged["name"] for judged in numbers["judged"]} == {"base", "a/run", "b/run"}
+    with pytest.raises(InputError, match="named twice"):
+        write_report([folders[0], folders[0]], tmp_path / "r.html")
+
+
+def test_an_arm_may_be_called_base_and_there_may_be_many(page, tmp_path):
+    runs, _ = page
+    folders = [copied(runs[0], tmp_path / name) for name in ("base", *"abcdefgh")]
+    page_ = write_report(folders, tmp_path / "r.html")
+    numbers = json.loads(page_.with_suffix(".json").read_text())
+    kinds = [(judged["kind"], judged["name"]) for judged in numbers["judged"]]
+    assert kinds == [("base", "base"), ("arm", "base"), *(("arm", name) for name in "abcdefgh")]
+    assert page_.read_text().count(">h<") >= 3  # the ninth run is in the plots too
+
+
+def test_what_was_judged_otherwise_is_not_compared(page, tmp_path):
+    runs, _ = page
+    folders = [copied(run, tmp_path / name) for run, name in zip(runs, "ab", strict=True)]
+    file = next((folders[1] / "evaluation").glob("update-*.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "samples": 4}))
+    with pytest.raises(InputError, match="samples = "):
+        write_report(folders, tmp_path / "r.html")
+    with pytest.raises(InputError, match=r"name it \.html"):
+        write_report(folders, tmp_path / "r.json")
+
+
+def test_updates_must_all_be_there(page, tmp_path):
+    folder = copied(page[0][0], tmp_path / "a")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    with pytest.raises(InputError, match="one line an update"):
+        write_report([folder], tmp_path / "r.html")
 
 
 def test_what_is_no_trained_run_is_refused(tmp_path):

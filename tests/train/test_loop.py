@@ -1,19 +1,21 @@
 """The loop: what the first update sees, and that parts, interruptions and arms agree to the bit."""
 
+import shutil
+
 import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted
 from opd_jax.model import load_pretrained
-from opd_jax.train.collect import draws_of_round, minibatch_plan
-from opd_jax.train.interrupt import Interrupted
+from opd_jax.train.collect import draws_of_round, minibatch_plan, score_round
 from opd_jax.train.loop import distill, do_part, export_student, next_part
 from opd_jax.train.metrics import read_lines
-from opd_jax.train.run import open_run
+from opd_jax.train.opening import exclusive, open_run
 from tests.conftest import tiny_config
-from tests.train.conftest import ignore, never
+from tests.train.conftest import WHOLE, ignore, never
 
 
 def same_bits(a, b):
@@ -41,7 +43,7 @@ def test_the_first_update_of_a_round_sees_no_drift_and_later_ones_do(finished):
 
 
 def test_part_by_part_in_fresh_processes_worth_of_state_is_the_loop(finished, tmp_path):
-    config = tiny_config()
+    config = tiny_config(*WHOLE)
     while (part := next_part(open_run(tmp_path / "parts", config))) != "done":
         run = open_run(tmp_path / "parts")
         do_part(run, part, ignore, never)
@@ -51,7 +53,7 @@ def test_part_by_part_in_fresh_processes_worth_of_state_is_the_loop(finished, tm
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, stop_at):
-    run = open_run(tmp_path / "cut", tiny_config())
+    run = open_run(tmp_path / "cut", tiny_config(*WHOLE))
     seen = []
     with pytest.raises(Interrupted):
         distill(run, seen.append, lambda: len(seen) >= stop_at)
@@ -62,27 +64,108 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, stop_at)
     same_bits(finished, again)
 
 
-def test_a_killed_run_forgets_the_updates_it_did_not_save(finished, tmp_path):
-    run = open_run(tmp_path / "killed", tiny_config())
+@pytest.mark.parametrize("killed_at", [3, 6])
+def test_a_killed_run_forgets_the_updates_it_did_not_save(finished, tmp_path, killed_at):
+    run = open_run(tmp_path / "killed", tiny_config(*WHOLE))
     seen = []
 
     def report(line):
         seen.append(line)
-        if len(seen) == 6:  # inside the second round; nothing after the first is saved
+        if len(seen) == killed_at:  # before anything is saved, and inside the second round
             raise SystemExit
 
     with pytest.raises(SystemExit):
         distill(run, report, never)
     run.checkpoints.close()
-    assert len(read_lines(run.metrics_file)) == 6
+    assert len(read_lines(run.metrics_file)) == killed_at
     again = open_run(tmp_path / "killed")
-    assert int(again.state.update) == 4
+    assert int(again.state.update) == killed_at // 4 * 4
+    assert len(read_lines(run.metrics_file)) == killed_at  # to look at a run is not to change it
     distill(again, ignore, never)
     same_bits(finished, again)
 
 
-@pytest.mark.parametrize("loss", ["sampled_token", "teacher_topk"])
-@pytest.mark.parametrize("segments", ["none", "token", "newline", "sequence"])
+def test_one_process_at_a_time(tmp_path):
+    first, second = (open_run(tmp_path / "run", tiny_config()) for _ in range(2))
+    with exclusive(first), pytest.raises(InputError, match="is in use"):
+        do_part(second, "sample", ignore, never)
+    do_part(second, "sample", ignore, never)
+
+
+def test_a_run_that_lost_its_state_does_not_begin_again(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(InputError, match="has none in checkpoints after 8 updates"):
+        distill(open_run(tmp_path / "run"), ignore, never)
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # orbax made it anew
+    (tmp_path / "run" / "checkpoints").write_text("")
+    with pytest.raises(InputError, match="checkpoints must be a folder"):
+        distill(open_run(tmp_path / "run"), ignore, never)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    [newest] = (tmp_path / "run" / "checkpoints").glob("8")
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"checkpoints/8 is not .*remove it to go on from the one before"):
+        distill(open_run(tmp_path / "run"), ignore, never)
+    shutil.rmtree(newest)
+    again = open_run(tmp_path / "run")
+    distill(again, ignore, never)
+    same_bits(finished, again)
+
+
+def test_training_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    run = open_run(tmp_path / "run", tiny_config("--schedule.rounds=3"))
+    for part in ("sample", "score", "train", "sample", "score"):
+        do_part(run, part, ignore, never)
+    honest = run.train_step
+
+    def broken(state, batch):
+        return honest(
+            state, batch.replace(signal=batch.signal.replace(old=np.full_like(batch.signal.old, np.nan)))
+        )
+
+    run.train_step = broken
+    with pytest.raises(InputError, match="update 4 has loss nan"):
+        do_part(run, "train", ignore, never)
+    assert len(read_lines(run.metrics_file)) == run.checkpoints.latest == 4
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a+1b+1\\n", "answer": "2"}\n')
+    config = tiny_config(f"--problems.train={tmp_path / 'p.jsonl'}", "--sampling.prompts=1")
+    run = open_run(tmp_path / "run", config)
+    do_part(run, "sample", ignore, never)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a+1b+2\\n", "answer": "3"}\n')
+    with pytest.raises(InputError, match=r"problems\.train of .* has changed"):
+        open_run(tmp_path / "run")
+
+
+def test_where_and_how_long_a_run_is_computed_may_change(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = open_run(tmp_path / "run", tiny_config(*WHOLE, "--schedule.rounds=3", "--mesh.data=2"))
+    distill(run, ignore, never)
+    lines = read_lines(run.metrics_file)
+    assert len(lines) == 12
+    assert lines[:8] == read_lines(finished.metrics_file)
+    assert lines[8]["drift_max"] < 1e-6
+    assert open_run(tmp_path / "run").config.schedule.rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("segments", "loss"),
+    [
+        ("none", "sampled_token"),
+        ("token", "sampled_token"),
+        ("newline", "sampled_token"),
+        ("sequence", "sampled_token"),
+        ("block", "teacher_topk"),
+        ("none", "teacher_topk"),
+    ],
+)
 def test_arms_share_prompts_noise_and_first_update(finished, tmp_path, loss, segments):
     config = tiny_config(f"--gate.segments={segments}", f"--loss.kind={loss}", "--schedule.rounds=1")
     run = open_run(tmp_path / "arm", config)
@@ -150,17 +233,24 @@ def test_old_is_scored_by_the_policy_that_sampled(tmp_path):
     params = jax.tree.map(lambda x: x + 1e-6, run.state.params)
     run.state = run.state.replace(params=params)
     with pytest.raises(InputError, match="not the one that drew round 0"):
-        do_part(run, "score", ignore, never)
+        score_round(run, never)
 
 
 def test_a_run_keeps_its_config(finished):
     with pytest.raises(InputError, match=r"optimizer\.learning_rate = 0\.003, not 0\.01"):
-        open_run(finished.folder, tiny_config("--optimizer.learning_rate=0.01"))
-    assert open_run(finished.folder, tiny_config()).config == finished.config
+        open_run(finished.folder, tiny_config(*WHOLE, "--optimizer.learning_rate=0.01"))
+    assert open_run(finished.folder, tiny_config(*WHOLE)).config == finished.config
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
-    for bad in ("--model.student=/nowhere", "--problems.train=/nowhere.jsonl", "--model.teacher=lab:tutor"):
+    for bad in (
+        "--model.student=/nowhere",
+        "--problems.train=/nowhere.jsonl",
+        "--model.teacher=lab:tutor",
+        "--sampling.max_prompt=3",
+        "--loss.top_k=44",
+        "--mesh.data=16",
+    ):
         with pytest.raises(InputError):
             open_run(tmp_path / "run", tiny_config(bad))
     assert not (tmp_path / "run").exists()

@@ -6,8 +6,8 @@ import pytest
 
 from opd_jax.rollout.score import batch_of
 from opd_jax.train.collect import minibatch_plan
+from opd_jax.train.opening import open_run
 from opd_jax.train.optimizer import make_optimizer
-from opd_jax.train.run import open_run
 from opd_jax.train.step import init_state, make_train_step, state_shardings
 from tests.conftest import tiny_config
 

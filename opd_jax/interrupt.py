@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ def stop_on_signal() -> Iterator[Stop]:
         if requested.is_set():
             raise KeyboardInterrupt
         requested.set()
+        print("\nopd: stopping at the next safe place; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

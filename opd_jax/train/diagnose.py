@@ -1,0 +1,130 @@
+"""The costly readings, every ``log.diagnose_every`` updates: they take a second backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from opd_jax.config import Config
+from opd_jax.method import (
+    drift,
+    drift_weights,
+    masked_sum,
+    readings,
+    segment_score,
+    structure_readings,
+    structure_sums,
+    topk_overlap,
+)
+from opd_jax.model.config import Qwen3Config
+from opd_jax.model.sharding import batch_sharding, replicated
+from opd_jax.model.vocab import top_k_logprobs
+from opd_jax.train.choices import SEGMENTS
+from opd_jax.train.gradient import gradient_of
+from opd_jax.train.microbatches import gradient_in_parts, join, split
+from opd_jax.types import Batch, Params
+
+Array = jax.Array
+Diagnose = Callable[[Params, Batch, Array], tuple[dict, dict]]
+
+
+def without_gate(config: Config) -> Config:
+    """The same config with every token weighing the same."""
+    return dataclasses.replace(
+        config,
+        gate=dataclasses.replace(
+            config.gate, segments="none", control="none", clip=None, residual=1.0, target_ratio=None
+        ),
+        weights=dataclasses.replace(config.weights, members=()),
+    )
+
+
+def make_diagnosis(
+    model: Qwen3Config, config: Config, newline: Any, param_shardings: Any, mesh: Mesh
+) -> Diagnose:
+    """Compile the costly readings for one mesh.
+
+    Returns:
+      ``diagnose(params, batch, update) -> (sums, structure sums)``, before the update is done; see
+      `diagnosis`.
+    """
+    newline = jnp.asarray(newline)
+    count = config.schedule.microbatches
+    compute = gradient_of if count == 1 else gradient_in_parts
+    ungated = without_gate(config)
+
+    def overlap(params: Params, part: Batch) -> Array:
+        k = part.signal.support_ids.shape[-1]
+        return top_k_logprobs(params, part.rows, k, model, usable=len(newline)).ids
+
+    def diagnose(params: Params, batch: Batch, update: Array) -> tuple[dict, dict]:
+        rows, signal = batch.rows, batch.signal
+        gradient, told = compute(params, batch, update, ungated, model, newline)
+        one = jnp.ones(())
+        if count == 1:
+            ids = overlap(params, batch)
+        else:
+            ids = join(jax.lax.map(lambda part: overlap(params, part), split(batch, count)))
+        sums = {
+            "ungated_gradient_norm": (optax.tree.norm(gradient), one),
+            "topk_overlap": topk_overlap(ids, signal.support_ids, rows.mask),
+        }
+        if signal.again is not None:
+            sums |= _null(batch, config, newline)
+        return sums, structure_sums(told.drift, rows.mask, sequence_ids=rows.sequence_ids)
+
+    return jax.jit(
+        diagnose,
+        in_shardings=(param_shardings, batch_sharding(mesh), None),
+        out_shardings=replicated(mesh),
+    )
+
+
+def _null(batch: Batch, config: Config, newline: Array) -> dict[str, tuple[Array, Array]]:
+    """The drift gate with no update between `old` and `cur`: what rounding alone does to it."""
+    rows, signal, gate = batch.rows, batch.signal, config.gate
+    d = drift(signal.again, signal.old, rows.mask)
+    one = jnp.ones(())
+    sums = {
+        "null_drift_abs": masked_sum(jnp.abs(d), rows.mask),
+        "null_drift_max": (jnp.max(jnp.abs(d)), one),
+    }
+    if gate.segments == "none":
+        return sums
+    segments = SEGMENTS[gate.segments](rows, gate, newline, d)
+    score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
+    _, w = drift_weights(
+        signal.again,
+        signal.old,
+        rows.mask,
+        segments,
+        tau=gate.tau,
+        statistic=gate.statistic,
+        map=gate.map,
+        floor=gate.floor,
+        scope=gate.scope,
+        sequence_ids=rows.sequence_ids,
+        eps=gate.eps,
+    )
+    return sums | {
+        "null_score": masked_sum(jnp.abs(score), rows.mask),
+        "null_weight_min": (jnp.min(jnp.where(rows.mask, w, jnp.inf)), one),
+        "null_weight_max": (jnp.max(w), one),
+    }
+
+
+def diagnosis(told: tuple[dict, dict]) -> dict[str, Any]:
+    """The costly readings as JSON values.
+
+    ``ungated_gradient_norm`` belongs beside the update's ``gradient_norm``; ``null_*`` is the noise
+    floor of drift, score and weight; ``topk_overlap`` the share of the teacher's top K that is the
+    student's as well; the rest are the readings of `opd_jax.method.structure`.
+    """
+    sums, structure = jax.device_get(told)
+    return {**readings(sums), **structure_readings(structure)}

@@ -1,0 +1,81 @@
+"""The arrays of one batch under the names that losses, gates and weights know them by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.config import Config
+from opd_jax.keys import derived_seed
+from opd_jax.method import drift, topk_tail_loss
+from opd_jax.model.config import Qwen3Config
+from opd_jax.model.vocab import readout
+from opd_jax.train.choices import SEGMENTS
+from opd_jax.types import Batch, Params
+
+Array = jax.Array
+
+
+def read_fields(
+    params: Params, batch: Batch, config: Config, model: Qwen3Config, newline: Array
+) -> dict[str, Any]:
+    """One forward pass of the student over a batch, and everything that follows from it by name.
+
+    Only what a compiled program goes on to use is computed; the names are those of
+    `opd_jax.method.family`.
+
+    Args:
+      params: of the student.
+      batch: rows and signal, ``[B, T]``.
+      config: sampling temperature and segments.
+      model: the student's dimensions.
+      newline: ``[V]`` bool, which ids end a line.
+    """
+    rows, signal = batch.rows, batch.signal
+    asked = [rows.targets[..., None], signal.support_ids]
+    if signal.student_ids is not None:
+        asked.append(signal.student_ids)
+    ids = jnp.concatenate(asked, axis=-1)
+    student = readout(params, rows, ids, model, temperature=config.sampling.temperature)
+    on_support = slice(1, 1 + signal.support_ids.shape[-1])
+    cur, mask = student.logprobs[..., 0], rows.mask
+    fields = {
+        "mask": mask,
+        "sequence_ids": rows.sequence_ids,
+        "cur": cur,
+        "old": signal.old,
+        "tea": signal.teacher,
+        "entropy": student.entropy,
+        "teacher_entropy": signal.teacher_entropy,
+        "student_logits_on_support": student.logits[..., on_support],
+        "student_logprobs_on_support": student.logprobs[..., on_support],
+        "teacher_logprobs_on_support": signal.support_logprobs,
+        "teacher_ids": signal.support_ids,
+        "reward": signal.reward,
+        "group": signal.group,
+        "staleness": signal.staleness,
+        "again": signal.again,
+        "ref": signal.reference,
+    }
+    fields["kl"] = topk_tail_loss(fields["student_logprobs_on_support"], signal.support_logprobs, mask=mask)
+    if signal.student_ids is not None:
+        fields |= {
+            "student_ids": signal.student_ids,
+            "cur_on_support": student.logprobs[..., on_support.stop :],
+            "old_on_support": signal.student_old,
+            "tea_on_support": signal.student_teacher,
+        }
+    kind = config.gate.segments
+    fields["segments"] = (
+        None if kind == "none" else SEGMENTS[kind](rows, config.gate, newline, drift(cur, signal.old, mask))
+    )
+    return {name: value for name, value in fields.items() if value is not None or name == "segments"}
+
+
+def drawn_fields(config: Config, update: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+    """What is drawn anew for every update, from the seed and its number alone."""
+    key = jax.random.fold_in(jax.random.key(derived_seed(config.seed, "update")), update)
+    shuffle, noise = jax.random.split(key)
+    return {"step": update, "key": shuffle, "noise": jax.random.uniform(noise, shape)}

@@ -1,0 +1,143 @@
+"""An update in parts, packed into fewer devices or mapped over them, is the same update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax.rollout.score import batch_of
+from opd_jax.train.gradient import gradient_of
+from opd_jax.train.loop import do_part
+from opd_jax.train.microbatches import gradient_in_parts, join, split
+from opd_jax.train.opening import open_run
+from opd_jax.train.replicated import AXIS, pmap_step, shard_map_step
+from opd_jax.train.step import init_state
+from tests.conftest import tiny_config
+from tests.train.conftest import ignore, never
+
+# Weights that micro-batches add up in one sweep (the first two), and those that take two. Each is a
+# compilation or two, so settings that do not touch each other share one.
+KINDS = {
+    "drift gate": (),
+    "sharp": ("--gate.tau=30", "--gate.statistic=rms", "--loss.kind=teacher_topk_tail"),
+    "per sequence": ("--gate.scope=sequence", "--loss.reduction=seq_mean_token_mean"),
+    "bounded": ("--gate.clip=[0.8,1.1]", "--gate.residual=0.7", "--gate.target_ratio=0.9"),
+    "family": (
+        "--weights.members=[prune,tip,fire_opd,iw_opd]",
+        "--gate.control=shuffled",
+        "--gate.segments=token",
+    ),
+    "groups": (
+        "--loss.kind=scope",
+        "--loss.terms=[entropy_aware,trust_region,reference_kl]",
+        "--loss.kl_weight=0.1",
+        "--weights.members=[scope_opd]",
+        "--weights.scope_opd_temperature=0.01",
+        "--gate.segments=none",
+    ),
+    "signs": ("--loss.kind=sign_gated", "--loss.sign_tau=1", "--gate.control=oracle"),
+    "student support": (
+        "--loss.kind=student_topk",
+        "--gate.control=noise",
+        "--gate.segments=cusum",
+        "--gate.span_minimum=2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """One round with every column that anything may ask for."""
+    everything = ("--weights.members=[prune]", "--loss.terms=[reference_kl]", "--loss.kl_weight=1")
+    config = tiny_config(
+        "--schedule.rounds=1", "--schedule.minibatches=1", "--log.diagnose_every=10", *everything
+    )
+    run = open_run(tmp_path_factory.mktemp("parts") / "run", config)
+    for part in ("sample", "score"):
+        do_part(run, part, ignore, never)
+    batch = batch_of(run.scored.read(0), run.width)
+    rng = np.random.default_rng(0)
+    moved = [rng.normal(0, 0.2, x.shape).astype(np.float32) for x in (batch.signal.old, batch.signal.again)]
+    signal = batch.signal
+    return run, batch.replace(
+        signal=signal.replace(
+            old=signal.old + moved[0],
+            again=signal.again + moved[1],
+            student_old=signal.student_old - np.abs(moved[0])[..., None],
+            reward=np.broadcast_to(rng.integers(2, size=(len(moved[0]), 1)), moved[0].shape),
+        )
+    )
+
+
+def close(got, want, rtol=1e-5):
+    """Every array equal up to its own size times ``rtol``."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        b = np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(np.abs(b).max(), 1e-6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_the_whole(scored, kind):
+    run, batch = scored
+    newline = jnp.zeros(run.model.vocab_size, bool)
+
+    def compute(count):
+        config = tiny_config("--schedule.minibatches=1", f"--schedule.microbatches={count}", *KINDS[kind])
+        function = gradient_of if count == 1 else gradient_in_parts
+        return jax.jit(lambda p, b: function(p, b, jnp.asarray(3), config, run.model, newline))(
+            run.base[1], batch
+        )
+
+    gradient, readings = compute(1)
+    assert max(jax.tree.leaves(jax.tree.map(lambda x: float(jnp.abs(x).max()), gradient))) > 1e-4
+    if "segments=none" not in " ".join(KINDS[kind]):
+        assert float(np.std(np.asarray(readings.weights)[batch.rows.mask])) > 1e-3
+    for count in (2, 8) if kind == "drift gate" else (4,):
+        in_parts, told = compute(count)
+        close(in_parts, gradient, rtol=3e-5)
+        close(told.weights, readings.weights)
+        loss, want = (float(r.sums["loss"][0]) for r in (told, readings))
+        np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_take_rows_in_turn():
+    x = np.arange(12).reshape(6, 2)
+    parts = split(x, 3)
+    np.testing.assert_array_equal(parts[1], x[[1, 4]])
+    np.testing.assert_array_equal(join(parts), x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices"),
+    [("drift gate", 1), ("drift gate", 2), ("drift gate", 8), ("family", 8), ("groups", 8)],
+)
+def test_replicated_steps_are_the_step(scored, devices, kind):
+    run, batch = scored
+    config = tiny_config("--schedule.minibatches=1", *KINDS[kind])
+    newline = np.zeros(run.model.vocab_size, bool)
+    gradient, readings = jax.jit(
+        lambda p, b: gradient_of(p, b, jnp.asarray(0), config, run.model, jnp.asarray(newline))
+    )(run.base[1], batch)
+    updates, _ = run.optimizer.update(gradient, run.optimizer.init(run.base[1]), run.base[1])
+    want = jax.tree.map(jnp.add, run.base[1], updates)
+    state = lambda: init_state(jax.tree.map(jnp.copy, run.base[1]), run.optimizer)  # noqa: E731
+
+    mesh = jax.make_mesh(
+        (devices,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    replicated = jax.device_put(state(), jax.NamedSharding(mesh, jax.P()))
+    mapped, loss = shard_map_step(run.model, config, run.optimizer, newline, mesh)(replicated, batch)
+    np.testing.assert_allclose(loss, readings.sums["loss"][0], rtol=1e-5)
+    moved_alike(mapped.params, want)
+    if devices == 8 and kind == "drift gate":
+        copies = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *np.shape(x))), state())
+        parts = jax.tree.map(lambda x: np.reshape(x, (devices, -1, *x.shape[1:])), batch)
+        mapped, loss = pmap_step(run.model, config, run.optimizer, newline)(copies, parts)
+        np.testing.assert_allclose(loss, np.full(devices, readings.sums["loss"][0]), rtol=1e-5)
+        moved_alike(jax.tree.map(lambda x: x[0], mapped.params), want)
+
+
+def moved_alike(got, want):
+    """Adam turns rounding of tiny gradients into steps of up to lr, 3e-3 here: almost all must agree."""
+    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).ravel(), got, want)
+    assert np.quantile(np.concatenate(jax.tree.leaves(differences)), 0.999) < 1e-5
