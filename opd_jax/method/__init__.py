@@ -2,7 +2,7 @@
 
 segments      which tokens share a gate          losses, divergences   what a token costs
 gates         drift, gate, mean-one weights      mixed_losses          losses that add or switch terms
-bounds        clipped, mixed, always acting      weights               the wider family of weights
+bounds        clipped, mixed, always acting      weights, sequence_weights   the wider family of weights
 controls      what a gate must beat              family                one interface to all of them
 objective     the paper on one page              diagnostics, structure    what is logged
 accumulate    the same over micro-batches        scope                 over which tokens a mean runs
@@ -25,7 +25,7 @@ from opd_jax.method.diagnostics import (
     topk_overlap,
 )
 from opd_jax.method.divergences import full_kl_loss, jsd_loss
-from opd_jax.method.family import call, combine, needs
+from opd_jax.method.family import WEIGHTS, call, combine, needs
 from opd_jax.method.gates import (
     EPS,
     MAPS,
@@ -67,7 +67,7 @@ from opd_jax.method.objective import (
     token_share,
     weighted_loss,
 )
-from opd_jax.method.scope import scope_count, scope_least, scope_total
+from opd_jax.method.scope import masked_quantile, scope_count, scope_least, scope_total
 from opd_jax.method.segments import (
     cusum_spans,
     every_token,
@@ -78,19 +78,9 @@ from opd_jax.method.segments import (
     segment_total,
     whole_sequence,
 )
+from opd_jax.method.sequence_weights import f_opd, fire_opd, scope_opd
 from opd_jax.method.structure import structure_readings, structure_sums
-from opd_jax.method.weights import (
-    WEIGHTS,
-    f_opd,
-    fire_opd,
-    iw_opd,
-    masked_quantile,
-    popd,
-    prune,
-    scope_opd,
-    tip,
-    token_is,
-)
+from opd_jax.method.weights import iw_opd, popd, prune, tip, token_is
 
 __all__ = [
     "DRIFT_EDGES",

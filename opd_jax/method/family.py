@@ -27,9 +27,24 @@ from typing import Any
 import jax
 
 from opd_jax.method.gates import masked
+from opd_jax.method.sequence_weights import f_opd, fire_opd, scope_opd
+from opd_jax.method.weights import iw_opd, popd, prune, tip, token_is
 
 Array = jax.Array
 Member = Callable[..., Array]
+
+
+# By the name in a config. What each needs is the list of its parameters without a default.
+WEIGHTS: dict[str, Callable[..., Array]] = {
+    "token_is": token_is,
+    "tip": tip,
+    "prune": prune,
+    "iw_opd": iw_opd,
+    "popd": popd,
+    "fire_opd": fire_opd,
+    "scope_opd": scope_opd,
+    "f_opd": f_opd,
+}
 
 
 def needs(member: Member) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Sums and extremes over a scope: over which tokens a weight's mean is one.
+"""Sums, extremes and quantiles over a scope: over which tokens a weight's mean is one.
 
 ``none``         nothing is normalised
 ``sequence``     each sequence by itself
@@ -84,3 +84,22 @@ def scope_least(
     if axis_name is not None and scope == "minibatch":
         least = jax.lax.pmin(least, axis_name)
     return jnp.where(jnp.isfinite(least), least, 0.0)
+
+
+def masked_quantile(x: Array, mask: Array, q: float, axis_name: str | None = None) -> Array:
+    """Quantile of the valid values of the whole batch, linear between neighbours; inf if there are none.
+
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., 99., 99.]])
+    >>> masked_quantile(x, mask, 0.5)  # halfway between the fifth and the sixth of ten
+    Array(5.5, dtype=float32)
+    """
+    values = jnp.where(mask.astype(bool), x, jnp.inf).ravel()
+    if axis_name is not None:
+        values = jax.lax.all_gather(values, axis_name, tiled=True)
+    values = jnp.sort(values)
+    place = q * (jnp.sum(jnp.isfinite(values)) - 1).astype(jnp.float32)
+    below = jnp.maximum(jnp.floor(place), 0).astype(jnp.int32)
+    low, high = values[below], values[jnp.minimum(below + 1, values.size - 1)]
+    share = place - below
+    return jnp.where(share > 0, low + share * (jnp.where(share > 0, high, low) - low), low)
