@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TQDM_DISABLE"] = "1"
+# Most programs run for milliseconds and are compiled for seconds. What is tested in programs of its own
+# (the keystone, the command line) is compiled as users have it: see `as_users_have_it`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 from opd_jax.backend import sum_in_one_order
 
@@ -41,6 +44,11 @@ TINY = (
 def tiny_config(*overrides: str) -> Config:
     """The lab's config, cut down to seconds."""
     return load_config(Path(__file__).parent.parent / "configs" / "lab.yaml", [*TINY, *overrides])
+
+
+def as_users_have_it() -> dict[str, str]:
+    """The environment of a program that is compiled with all optimisations."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
 
 
 @pytest.fixture(autouse=True, scope="module")

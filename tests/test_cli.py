@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 from opd_jax.cli import main
 from opd_jax.files import sha256
-from tests.conftest import TINY
+from tests.conftest import TINY, as_users_have_it
 
 ROOT = Path(__file__).parent.parent
 LAB = ["--config", str(ROOT / "configs" / "lab.yaml"), *TINY]
@@ -116,7 +115,7 @@ def test_help_needs_no_jax():
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**as_users_have_it(), "PYTHONPATH": str(ROOT)}
     opd = [sys.executable, "-m", "opd_jax.cli"]
 
     def distill(name: str, interrupt: bool) -> subprocess.CompletedProcess:
@@ -150,3 +149,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
         assert finished.returncode == 0, finished.stderr
     a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("cut", "whole"))
     assert a == b
+    for line in map(json.loads, a.splitlines()):  # the first update of a round is on policy, to the bit
+        first = line["pass"] == line["minibatch"] == 0
+        assert (line["drift_max"] == 0.0) == first
+        assert (line["weight_min"] == line["weight_max"] == 1.0) == first

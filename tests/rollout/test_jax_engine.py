@@ -13,6 +13,7 @@ from opd_jax.keys import stream
 from opd_jax.lab import chains
 from opd_jax.rollout import Request, make_sampler, sample
 from opd_jax.tasks import encode_prompt
+from tests.conftest import as_users_have_it
 
 SLOTS, P, R = 8, 61, 144
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +47,7 @@ def test_keystone_cached_logprobs_are_teacher_forced_ones():
     done = subprocess.run(
         [sys.executable, "-m", "tests.rollout.keystone"],
         cwd=ROOT,
+        env=as_users_have_it(),
         capture_output=True,
         text=True,
         check=False,
