@@ -149,8 +149,6 @@ def wanted_extras(config: Config) -> dict[str, str]:
         for extra, names in EXTRAS.items():
             if set(needs(member)) & set(names):
                 wanted.setdefault(extra, who)
-    if config.log.diagnose_every:
-        wanted.setdefault("again", "log.diagnose_every")
     return wanted
 
 

@@ -131,7 +131,9 @@ def score_round(run: Run, stop: Stop) -> None:
     score_teacher = make_topk_scorer(
         teacher_config, k=config.loss.top_k, temperature=temperature, usable=usable
     )
-    extras = wanted_extras(config)
+    extras = set(wanted_extras(config))
+    if config.log.diagnose_every:
+        extras.add("again")  # for the null reading, which is left out where a round lacks it
     scored: dict[int, Rollout] = {}
     for chosen in parts_of_round(config, round_):
         if stop():

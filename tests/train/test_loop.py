@@ -11,9 +11,10 @@ from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted
 from opd_jax.model import load_pretrained
 from opd_jax.train.collect import draws_of_round, minibatch_plan, score_round
-from opd_jax.train.loop import distill, do_part, export_student, next_part
+from opd_jax.train.loop import check_extras, distill, do_part, export_student, next_part
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import exclusive, open_run
+from opd_jax.train.run import Run
 from tests.conftest import tiny_config
 from tests.train.conftest import WHOLE, ignore, never
 
@@ -142,6 +143,24 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a+1b+2\\n", "answer": "3"}\n')
     with pytest.raises(InputError, match=r"problems\.train of .* has changed"):
         open_run(tmp_path / "run")
+
+
+def test_a_round_must_hold_what_training_asks_for_but_not_what_logging_does(tmp_path):
+    run = open_run(tmp_path / "run", tiny_config("--schedule.rounds=1"))
+    for part in ("sample", "score"):
+        do_part(run, part, ignore, never)
+    assert run.scored.shard(0)["extras"] == []
+    asking = Run(run.folder, tiny_config("--schedule.rounds=1", "--gate.control=noise"))
+    with pytest.raises(InputError, match=r"gate\.control=noise needs again, round 0 .* has none such"):
+        check_extras(asking, 0)
+    run = open_run(run.folder, tiny_config("--schedule.rounds=1", "--log.diagnose_every=2"))
+    do_part(run, "train", ignore, never)
+    told = [line.get("diagnosis") for line in read_lines(run.metrics_file)]
+    assert [bool(one) for one in told] == [True, False, True, False]
+    assert "null_drift_abs" not in told[0]
+    assert told[0]["ungated_gradient_norm"] == pytest.approx(
+        read_lines(run.metrics_file)[0]["gradient_norm"], rel=1e-5
+    )
 
 
 def test_where_and_how_long_a_run_is_computed_may_change(finished, tmp_path):
