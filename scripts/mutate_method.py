@@ -260,6 +260,7 @@ def write(results: list[tuple[Mutant, str | None]], seed: int) -> None:
             why = REASONS.get((mutant.file, mutant.after), "unexplained")
             cells = (f"`{mutant.file}:{mutant.line}`", f"`{mutant.before}`", f"`{mutant.after}`", why)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "mutations.md").write_text("\n".join(lines) + "\n")
 
 

@@ -185,6 +185,7 @@ def write(name: str, title: str, note: str, table: Sequence[dict[str, str]]) -> 
     names = list(table[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(row[name] for name in names) + " |" for row in table]
+    DOCS.mkdir(exist_ok=True)
     (DOCS / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
     (DOCS / f"{name}.md").write_text(f"# {title}\n\n{note}\n\n" + "\n".join(lines) + "\n")
 
