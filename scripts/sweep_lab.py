@@ -221,9 +221,9 @@ def main(folder: Path) -> None:
             "sweep_lab",
             "Sweep of the lab",
             "Made by `scripts/sweep_lab.py`, which states the rule of choice and how it was changed. One\n"
-            "training seed a cell, 160 updates each; brackets are 95% intervals over 200 validation problems\n"
-            "x 8 samples and leave out the spread between seeds. Drift, effective token ratio, weights and\n"
-            "clipping are those of a round's last update.\n\n"
+            "training seed a cell, 160 updates each; brackets are 95% intervals over 200 validation\n"
+            "problems x 8 samples and leave out the spread between seeds. Drift, effective token ratio,\n"
+            "weights and clipping are those of a round's last update.\n\n"
             f"Base student: pass@1 {mean_interval(list(base[1].values())).percent()}, "
             f"pass@8 {mean_interval(list(base[8].values())).percent()}.\n\n"
             f"Settings in which both ungated arms learn: {'; '.join(learning) or 'none'}.\n\n"
