@@ -6,16 +6,20 @@ cache (`decode`). Layers are scanned, so that compile time does not grow with de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from opd_jax.model.attention import attention, cache_mask, causal_mask
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.sharding import constrain
+from opd_jax.model.moe import Routing, experts
+from opd_jax.model.rope import rotary_angles, rotate
+from opd_jax.model.sharding import RULES, can_split, constrain, partition
 from opd_jax.types import Params
 
 # Turns a layer's query, key and value into attended values and whatever the layer leaves behind.
@@ -29,58 +33,99 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, config: Qwen3Config) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine ``[B, T, H/2]`` float32 of ``position * theta^(-2i/H)``."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding of ``x [B, T, heads, H]`` in Hugging Face's half-split layout."""
-    cos, sin = (part[:, :, None] for part in angles)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
 def _layer(
     x: jax.Array,
     layer: Params,
     angles: tuple[jax.Array, jax.Array],
     attend: Attend,
+    valid: jax.Array,
     config: Qwen3Config,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Routing | None]:
     """One pre-norm transformer layer on ``x [B, T, D]``."""
     eps, dtype = config.rms_norm_eps, x.dtype
     layer = jax.tree.map(lambda w: w.astype(dtype), layer)
 
     h = rms_norm(x, layer["attention_norm"], eps)
-    query = jnp.einsum("btd,dnh->btnh", h, layer["query"])
-    key = jnp.einsum("btd,dmh->btmh", h, layer["key"])
-    value = jnp.einsum("btd,dmh->btmh", h, layer["value"])
+    query = project(h, layer, "query", config)
+    key = project(h, layer, "key", config)
+    value = project(h, layer, "value", config)
     query = rotate(rms_norm(query, layer["query_norm"], eps), angles)
     key = rotate(rms_norm(key, layer["key_norm"], eps), angles)
     query = constrain(query, "batch", "length", "heads", "head_dim")
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
     attended, left_behind = attend(query, key, value)
-    # Contracted over one axis, not two: a CPU then sums a step of decoding in the order of a whole row.
-    attended = attended.reshape(*x.shape[:2], -1)
-    x = x + jnp.einsum("bti,id->btd", attended, layer["output"].reshape(-1, x.shape[-1]))
+    x = x + project(checkpoint_name(attended, "attended"), layer, "output", config)
 
     h = rms_norm(x, layer["mlp_norm"], eps)
-    gate = jnp.einsum("btd,df->btf", h, layer["gate"])
-    up = jnp.einsum("btd,df->btf", h, layer["up"])
-    gated = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-    x = x + jnp.einsum("btf,fd->btd", gated, layer["down"])
-    return constrain(x, "batch", "length", "width"), left_behind
+    routing = None
+    if config.num_experts:
+        out, routing = experts(h, layer, valid, config)
+    else:
+        gate = project(h, layer, "gate", config)
+        up = project(h, layer, "up", config)
+        gated = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        out = project(gated, layer, "down", config)
+    return constrain(x + out, "batch", "length", "width"), left_behind, routing
+
+
+def project(h: jax.Array, layer: Params, name: str, config: Qwen3Config) -> jax.Array:
+    """``h W`` of one projection, and of its low-rank update where there is one: ``+ alpha / r (h a) b``.
+
+    Args:
+      h: ``[B, T, inputs...]``.
+      layer: holds ``W [inputs..., outputs...]`` by name, and may hold ``lora`` with ``a`` and ``b``.
+      name: which projection.
+      config: dimensions.
+
+    Returns:
+      ``[B, T, outputs...]``.
+    """
+    weight, outputs = layer[name], layer[name].shape[h.ndim - 2 :]
+    # Contracted over one axis, not two: a CPU then sums a step of decoding in the order of a whole row.
+    h = h.reshape(*h.shape[:2], -1)
+    out = jnp.tensordot(h, weight.reshape(-1, *outputs), 1)
+    update = layer.get("lora", {}).get(name)
+    if update is None:
+        return out
+    a = update["a"].reshape(h.shape[-1], -1)
+    return out + config.lora_alpha / a.shape[-1] * jnp.tensordot(h @ a, update["b"], 1)
 
 
 def _embed(params: Params, tokens: jax.Array, config: Qwen3Config) -> jax.Array:
-    x = params["embed"][tokens].astype(config.compute_dtype)
-    return constrain(x, "batch", "length", "width")
+    """``[B, T, D]`` embeddings in the compute dtype; under a mesh each device looks up the ids it holds."""
+    table = params["embed"].astype(config.compute_dtype)
+    if not can_split(tokens.shape[0]):
+        return constrain(table[tokens], "batch", "length", "width")
+    vocab, fsdp = RULES["vocab"], RULES["embed"]
+
+    def on_device(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        table = jax.lax.all_gather(table, fsdp, axis=1, tiled=True)
+        local = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        found = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0)
+        return jax.lax.psum(found, vocab)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(partition("vocab", "embed"), partition("batch", "length")),
+        out_specs=partition("batch", "length", "width"),
+    )(table, tokens)
+
+
+# What the backward pass keeps of each layer, from least memory to least work. "full" recomputes whole
+# layers; it also keeps the forward part of a gradient program the same as a forward-only program, so that
+# both give the same bits on a CPU, which is why a policy compared with itself shows no drift.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "full": jax.checkpoint,
+    "attention": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended")
+    ),
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "none": lambda layer: layer,
+}
 
 
 def hidden_states(
@@ -90,22 +135,19 @@ def hidden_states(
     *,
     positions: jax.Array | None = None,
     sequence_ids: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Routing | None]:
     """The residual stream after the last layer: what the vocabulary head (`logits`) reads.
-
-    Every layer is recomputed in the backward pass. That bounds memory by one layer's activations, and
-    it keeps the forward computation of a gradient program the same as that of a forward-only one: both
-    give the same bits, which is why a policy compared with itself shows no drift.
 
     Args:
       params: parameters as `parameter_table` lays them out.
       tokens: ``[B, T]`` int32.
       config: dimensions.
       positions: ``[B, T]`` int32; 0, 1, ... along the row by default.
-      sequence_ids: ``[B, T]`` int32; one sequence per row by default.
+      sequence_ids: ``[B, T]`` int32, 0 at padding; one sequence per row by default.
 
     Returns:
-      ``[B, T, D]`` in the compute dtype.
+      ``[B, T, D]`` in the compute dtype, and what each layer's router did (``[L, E]`` and ``[L]``), None
+      in a dense model.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -116,11 +158,11 @@ def hidden_states(
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple]:
         return attention(query, key, value, mask), ()
 
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, tuple]:
-        return _layer(x, layer, angles, attend, config)
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Routing | None]:
+        x, _, routing = _layer(x, layer, angles, attend, sequence_ids > 0, config)
+        return x, routing
 
-    x, _ = jax.lax.scan(jax.checkpoint(body), _embed(params, tokens, config), params["layers"])
-    return x
+    return jax.lax.scan(REMAT[config.remat](body), _embed(params, tokens, config), params["layers"])
 
 
 def head(params: Params) -> jax.Array:
@@ -148,7 +190,7 @@ def forward(
     For small vocabularies and tests; training reads log-probabilities through `token_logprobs`, which
     never holds a ``[B, T, V]`` array.
     """
-    hidden = hidden_states(params, tokens, config, positions=positions, sequence_ids=sequence_ids)
+    hidden, _ = hidden_states(params, tokens, config, positions=positions, sequence_ids=sequence_ids)
     return logits(hidden, params, config)
 
 
@@ -204,7 +246,8 @@ def decode(
             values = cache.value.at[index, rows, positions].set(value)
             return attention(query, keys[index], values[index], mask), Cache(keys, values)
 
-        return _layer(x, layer, angles, attend, config), None
+        x, cache, _ = _layer(x, layer, angles, attend, jnp.ones(tokens.shape, bool), config)
+        return (x, cache), None
 
     layers = params["layers"], jnp.arange(config.num_hidden_layers)
     (x, cache), _ = jax.lax.scan(body, (_embed(params, tokens, config), cache), layers)

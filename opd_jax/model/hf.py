@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 
 from opd_jax.errors import InputError
 from opd_jax.files import replacing, write_text
-from opd_jax.model.config import Qwen3Config, config_from_json, config_to_json
+from opd_jax.model.config import Qwen3Config
+from opd_jax.model.config_json import config_from_json, config_to_json
 from opd_jax.model.parameters import Parameter, parameter_table
 from opd_jax.model.sharding import param_shardings
 from opd_jax.types import Params
@@ -46,7 +47,7 @@ def _from_hf(value: np.ndarray, shape: tuple[int, ...], inputs: int) -> np.ndarr
 
 
 def _hf_shape(parameter: Parameter) -> tuple[int, ...]:
-    shape = parameter.shape[1:] if parameter.stacked else parameter.shape
+    shape = parameter.shape[parameter.stacks :]
     if not parameter.inputs:
         return shape
     return int(np.prod(shape[parameter.inputs :])), int(np.prod(shape[: parameter.inputs]))
@@ -54,11 +55,8 @@ def _hf_shape(parameter: Parameter) -> tuple[int, ...]:
 
 def _names(parameter: Parameter) -> Iterator[str]:
     """The checkpoint names of a parameter: one, or one per layer."""
-    if not parameter.stacked:
-        yield parameter.name
-        return
-    for layer in range(parameter.shape[0]):
-        yield parameter.name.format(layer=layer)
+    for index in np.ndindex(parameter.shape[: parameter.stacks]):
+        yield parameter.name.format(**dict(zip(("layer", "expert"), index)))
 
 
 def load_pretrained(
@@ -110,12 +108,12 @@ def load_pretrained(
 
         flat = {}
         for tree_path, parameter in table.items():
-            shape = parameter.shape[1:] if parameter.stacked else parameter.shape
+            shape = parameter.shape[parameter.stacks :]
             layers = [
                 _from_hf(_tensor(where[name], name, parameter, folder), shape, parameter.inputs)
                 for name in _names(parameter)
             ]
-            value = np.stack(layers) if parameter.stacked else layers[0]
+            value = np.stack(layers).reshape(parameter.shape)
             value = np.asarray(value, dtype)
             place = shardings[tree_path] if shardings else None
             flat[tree_path] = jax.device_put(value, place)
@@ -162,7 +160,7 @@ def save_pretrained(path: str | Path, config: Qwen3Config, params: Params) -> No
     tensors = {}
     for tree_path, parameter in parameter_table(config).items():
         value = np.asarray(jax.device_get(flat[tree_path]))
-        layers = value if parameter.stacked else value[None]
+        layers = value.reshape(-1, *value.shape[parameter.stacks :])
         for name, layer in zip(_names(parameter), layers, strict=True):
             tensors[name] = _to_hf(layer, parameter.inputs)
     with replacing(folder / "model.safetensors") as temporary:

@@ -21,26 +21,27 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One weight as it is stored: ``[L, inputs..., outputs...]``, the layer axis only in a stack.
+    """One weight as it is stored: ``[L, E, inputs..., outputs...]``, layer and expert only in a stack.
 
-    Hugging Face stores a projection as one matrix per layer, outputs first; ``inputs`` counts the
-    axes that must move behind the others to get there, and 0 means the layouts agree.
+    Hugging Face stores a projection as one matrix per layer and expert, outputs first; ``inputs``
+    counts the axes that must move behind the others to get there, and 0 means the layouts agree.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # a logical name per dimension; `sharding.RULES` places them on the mesh
-    name: str  # in a Hugging Face checkpoint; "{layer}" marks a stacked parameter
+    name: str  # in a Hugging Face checkpoint; "{layer}" and "{expert}" stand for the stacked axes
     scale: float | None = None  # standard deviation at initialisation; None starts at one
     inputs: int = 0
 
     @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.name
+    def stacks(self) -> int:
+        """How many leading axes a checkpoint stores apart, a tensor for each index."""
+        return self.name.count("{")
 
 
 def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
     """Every parameter of a Qwen3, by its path in the nested dict of arrays."""
-    L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    L, D = config.num_hidden_layers, config.hidden_size
     N, M, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     layer = "model.layers.{layer}."
     # Residual branches start small enough that the sum over layers keeps unit scale.
@@ -90,24 +91,47 @@ def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
         ("layers", "mlp_norm"): Parameter(
             (L, D), ("layers", "norm"), layer + "post_attention_layernorm.weight"
         ),
-        ("layers", "gate"): Parameter(
-            (L, D, F), ("layers", "embed", "mlp"), layer + "mlp.gate_proj.weight", D**-0.5, 1
-        ),
-        ("layers", "up"): Parameter(
-            (L, D, F), ("layers", "embed", "mlp"), layer + "mlp.up_proj.weight", D**-0.5, 1
-        ),
-        ("layers", "down"): Parameter(
-            (L, F, D),
-            ("layers", "mlp", "embed"),
-            layer + "mlp.down_proj.weight",
-            branch * F**-0.5,
-            1,
-        ),
+        **(_experts(config, layer, branch) if config.num_experts else _mlp(config, layer, branch)),
         ("norm",): Parameter((D,), ("norm",), "model.norm.weight"),
     }
     if not config.tie_word_embeddings:
         table[("head",)] = Parameter((D, config.vocab_size), ("embed", "vocab"), "lm_head.weight", D**-0.5, 1)
     return table
+
+
+def _mlp(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter]:
+    L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    wide, narrow = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
+    return {
+        ("layers", "gate"): Parameter((L, D, F), wide, layer + "mlp.gate_proj.weight", D**-0.5, 1),
+        ("layers", "up"): Parameter((L, D, F), wide, layer + "mlp.up_proj.weight", D**-0.5, 1),
+        ("layers", "down"): Parameter(
+            (L, F, D), narrow, layer + "mlp.down_proj.weight", branch * F**-0.5, 1
+        ),
+    }
+
+
+def _experts(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter]:
+    L, D, F, E = (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts,
+    )
+    expert = layer + "mlp.experts.{expert}."
+    wide, narrow = ("layers", "experts", "embed", "mlp"), ("layers", "experts", "mlp", "embed")
+    return {
+        ("layers", "router"): Parameter(
+            (L, D, E), ("layers", "norm", "routes"), layer + "mlp.gate.weight", D**-0.5, 1
+        ),
+        ("layers", "expert_gate"): Parameter(
+            (L, E, D, F), wide, expert + "gate_proj.weight", D**-0.5, 1
+        ),
+        ("layers", "expert_up"): Parameter((L, E, D, F), wide, expert + "up_proj.weight", D**-0.5, 1),
+        ("layers", "expert_down"): Parameter(
+            (L, E, F, D), narrow, expert + "down_proj.weight", branch * F**-0.5, 1
+        ),
+    }
 
 
 def parameter_count(config: Qwen3Config) -> int:

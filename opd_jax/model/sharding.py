@@ -17,8 +17,9 @@ from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.parameters import parameter_table
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the mesh axes that rows are split over
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+# The mesh axes that rows are split over. Outside of experts, an expert axis is one more data axis.
+BATCH = ("data", "fsdp", "expert")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
@@ -29,6 +30,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "routes": None,
     "norm": None,
     # activations
     "batch": BATCH,
@@ -38,18 +41,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of ``data x fsdp x tensor`` devices.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+    """A mesh of ``data x fsdp x expert x tensor`` devices.
 
     Raises:
       InputError: there are fewer devices than the mesh asks for.
     """
-    shape = (data, fsdp, tensor)
+    shape = (data, fsdp, expert, tensor)
     wanted, present = math.prod(shape), jax.device_count()
     if wanted > present:
         raise InputError(
-            f"a mesh cannot be larger than the devices at hand: mesh {data} x {fsdp} x {tensor} "
-            f"needs {wanted}, there are {present}; lower mesh.data, mesh.fsdp or mesh.tensor"
+            f"a mesh cannot be larger than the devices at hand: mesh {data} x {fsdp} x {expert} x {tensor} "
+            f"(data, fsdp, expert, tensor) needs {wanted}, there are {present}; lower one of mesh.data, "
+            "mesh.fsdp, mesh.expert, mesh.tensor"
         )
     return jax.make_mesh(
         shape,
@@ -70,14 +74,25 @@ def partition(*axes: str) -> PartitionSpec:
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pin ``x`` to the rules of its logical axes under the mesh in context; else leave it alone."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if not in_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, partition(*axes))
 
 
+def in_mesh() -> bool:
+    """Whether a mesh is in context whose arrays are whole here: not inside shard_map or pmap."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def can_split(rows: int) -> bool:
+    """Whether a mesh is in context over whose batch axes this many rows split evenly."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return in_mesh() and rows % math.prod(shape[name] for name in BATCH) == 0
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of ``[B, ...]`` arrays: rows over data and fsdp."""
+    """Sharding of ``[B, ...]`` arrays: rows over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 

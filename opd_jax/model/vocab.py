@@ -68,7 +68,7 @@ def readout(
     Returns:
       `Readout`: logits of the ids, log-sum-exp and entropy, float32 nats.
     """
-    hidden = hidden_states(
+    hidden, _ = hidden_states(
         params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
     )
 
@@ -112,7 +112,7 @@ def top_k_logprobs(
     Ids from ``usable`` on, the padding of a vocabulary, are never among them; their probability is part
     of what the distribution sums over all the same.
     """
-    hidden = hidden_states(
+    hidden, _ = hidden_states(
         params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
     )
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd_jax.errors import InputError
 from opd_jax.model import load_pretrained, make_mesh, save_pretrained
-from opd_jax.model.config import config_from_json
+from opd_jax.model.config_json import config_from_json
 
 
 @pytest.fixture

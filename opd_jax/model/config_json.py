@@ -1,0 +1,131 @@
+"""A model's ``config.json``: read with what it cannot ask for refused, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+from opd_jax.model.config import ARCHITECTURE_FIELDS, EXPERT_FIELDS, Qwen3Config
+from opd_jax.model.rope import Yarn
+
+
+def config_from_json(path: Path) -> Qwen3Config:
+    """Read a Hugging Face ``config.json``, refusing what this model does not compute.
+
+    Both spellings of the rotary base are read: ``rope_theta`` and ``rope_scaling`` (up to transformers
+    4), and ``rope_parameters`` (from 5). A field that changes the computation and is not supported is
+    refused by name, because ignoring it gives a silently wrong model.
+
+    Raises:
+      InputError: a field is missing, or asks for something this model does not compute.
+    """
+    try:
+        published: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"a model folder must hold a readable config.json: {path} ({error}); "
+            "name a folder in Hugging Face format"
+        ) from None
+    rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    _refuse_what_is_not_computed(published, rope_type, path)
+    values = dict(published)
+    for name, found in (
+        ("rope_theta", published.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        ("rms_norm_eps", published.get("rms_norm_eps", 1e-6)),
+    ):
+        if not isinstance(found, int | float) or not found > 0:
+            raise InputError(f"{name} must be a number above 0: got {found!r}; correct {path}")
+        values[name] = float(found)
+    eos = values.get("eos_token_id")
+    values["eos_token_id"] = (eos or [None])[0] if isinstance(eos, list) else eos
+    values["rope_scaling"] = _yarn(rope, published, path) if rope_type == "yarn" else None
+    if published["model_type"] == "qwen3":
+        values = {name: value for name, value in values.items() if name not in EXPERT_FIELDS}
+    required = [
+        field.name
+        for field in dataclasses.fields(Qwen3Config)
+        if field.default is dataclasses.MISSING or field.name == "eos_token_id"
+    ]
+    if published["model_type"] == "qwen3_moe":
+        required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+    for name in required:
+        if values.get(name) is None:
+            raise InputError(
+                f"config.json must say {name}: {path} does not; restore it from the original model"
+            )
+    return Qwen3Config(**{name: values[name] for name in ARCHITECTURE_FIELDS if name in values})
+
+
+def _refuse_what_is_not_computed(published: dict[str, Any], rope_type: str, path: Path) -> None:
+    unsupported = {
+        "model_type": published.get("model_type") not in ("qwen3", "qwen3_moe"),
+        "attention_bias": bool(published.get("attention_bias")),
+        "use_sliding_window": bool(published.get("use_sliding_window")),
+        "hidden_act": published.get("hidden_act", "silu") != "silu",
+        "quantization_config": published.get("quantization_config") is not None,
+        # Layers that are dense among layers that are not.
+        "decoder_sparse_step": published.get("decoder_sparse_step", 1) != 1,
+        "mlp_only_layers": bool(published.get("mlp_only_layers")),
+        "rope_type": rope_type not in ("default", "yarn"),
+    }
+    for field, refused in unsupported.items():
+        if refused:
+            came = rope_type if field == "rope_type" else published.get(field)
+            raise InputError(
+                "only Qwen3 with silu, plain or YaRN rotary embedding, full attention without bias, experts "
+                f"in all layers or in none, and unquantised weights is computed here: {path} has {field} = "
+                f"{came!r}; choose another checkpoint"
+            )
+
+
+def _yarn(rope: dict[str, Any], published: dict[str, Any], path: Path) -> Yarn:
+    """What a config.json says of YaRN; the original context defaults to its ``max_position_embeddings``."""
+    # The truth of a field may stand under its own name or beside the base.
+    known = {field.name for field in dataclasses.fields(Yarn)}
+    unknown = sorted(rope.keys() - known - {"rope_type", "type", "rope_theta"})
+    if unknown:
+        raise InputError(
+            f"rope_scaling of type yarn has the fields {', '.join(sorted(known))}: {path} has {unknown[0]}; "
+            "correct it"
+        )
+    values = {name: value for name, value in rope.items() if name in known and value is not None}
+    values.setdefault("original_max_position_embeddings", published.get("max_position_embeddings"))
+    if "factor" not in values:
+        raise InputError(f"rope_scaling of type yarn must say factor: {path} does not; add it")
+    return Yarn(**values)
+
+
+def config_to_json(config: Qwen3Config, dtype: str) -> str:
+    """The ``config.json`` that transformers, vLLM and `config_from_json` read back.
+
+    ``dtype`` is that of the stored weights.
+    """
+    moe = config.num_experts > 0
+    fields = {
+        name: getattr(config, name)
+        for name in ARCHITECTURE_FIELDS
+        if moe or name not in EXPERT_FIELDS
+    }
+    yarn = config.rope_scaling
+    if yarn is not None:
+        said = {name: value for name, value in dataclasses.asdict(yarn).items() if value is not None}
+        fields["rope_scaling"] = {"rope_type": "yarn", **said}
+    fields.update(
+        architectures=["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
+        model_type="qwen3_moe" if moe else "qwen3",
+        attention_bias=False,
+        attention_dropout=0.0,
+        hidden_act="silu",
+        initializer_range=0.02,
+        sliding_window=None,
+        use_sliding_window=False,
+        torch_dtype=dtype,
+        use_cache=True,
+    )
+    if moe:
+        fields.update(decoder_sparse_step=1, mlp_only_layers=[])
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
