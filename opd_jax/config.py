@@ -20,6 +20,7 @@ class ModelConfig:
     teacher: str = ""  # the same; must read the student's tokenizer ids
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
     head_chunk: int = 512  # positions per pass through the vocabulary head
+    remat: Literal["full", "attention", "dots", "none"] = "full"  # what the backward pass recomputes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +165,12 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices: rows are split over data and fsdp, weights over fsdp and tensor."""
+    """Devices: rows are split over data, fsdp and expert, weights over fsdp, expert and tensor."""
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1  # experts of a mixture; for all else one more way of splitting rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,8 +132,8 @@ POSITIVE = (
     "sampling.slots sampling.temperature loss.top_k loss.student_k loss.dual_clip loss.sign_tau "
     "gate.block gate.span_minimum gate.span_chunk gate.cusum_limit optimizer.learning_rate "
     "optimizer.clip_norm optimizer.eps schedule.rounds schedule.passes schedule.minibatches "
-    "schedule.microbatches mesh.data mesh.fsdp mesh.tensor evaluation.samples evaluation.temperature "
-    "weights.popd_every weights.scope_opd_temperature weights.token_is_high"
+    "schedule.microbatches mesh.data mesh.fsdp mesh.tensor mesh.expert evaluation.samples "
+    "evaluation.temperature weights.popd_every weights.scope_opd_temperature weights.token_is_high"
 ).split()
 NOT_NEGATIVE = (
     "seed evaluation.seed gate.tau gate.eps gate.cusum_slack schedule.staleness log.rows "
@@ -186,10 +186,10 @@ def check(config: Config) -> None:
             f"a minibatch must split evenly into microbatches: {rows} rows do not divide by {parts}; set "
             f"schedule.microbatches to a divisor of {rows}"
         )
-    ways = config.mesh.data * config.mesh.fsdp
+    ways = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     for name, count in (("a microbatch", rows // parts), ("sampling.slots", config.sampling.slots)):
         if count % ways:
             raise InputError(
-                f"rows must split evenly over the mesh: {name} has {count}, mesh.data x mesh.fsdp is "
-                f"{ways}; use a multiple of {ways}"
+                f"rows must split evenly over the mesh: {name} has {count}, mesh.data x mesh.fsdp x "
+                f"mesh.expert is {ways}; use a multiple of {ways}"
             )

@@ -4,7 +4,7 @@ Shapes everywhere are written in these letters:
 
     B rows            T positions      S cache slots     V vocabulary     K support
     L layers          D width          F MLP width       H head width     G segments
-    N query heads     M key-value heads
+    N query heads     M key-value heads                   E experts
 
 Position t of every ``[B, T]`` array speaks of the token *predicted* at t: inputs and targets are
 shifted against each other once, where rows are built (`opd_jax.rollout.rows`), and never again.
@@ -76,6 +76,7 @@ class Readout:
     logits: jax.Array  # [B, T, K]: scaled logits of the ids asked for, up to a constant a position
     logsumexp: jax.Array  # [B, T]: of all of them, so that logprob = logits - logsumexp
     entropy: jax.Array  # [B, T]: of the whole distribution, nats
+    routing: Any = None  # what the routers of a mixture of experts did: `opd_jax.model.moe.Routing`
 
     @property
     def logprobs(self) -> jax.Array:

@@ -69,7 +69,7 @@ def test_parts_by_command(sampled, capsys):
         (["sample", "{tmp}/empty.jsonl/x", *LAB], "Not a directory"),
         (["report", "{tmp}/x"], "has no config.yaml"),
         (["report", "{tmp}", "--gate.block=3"], "takes no settings"),
-        (["demo", "--mesh.data", "64", "{tmp}/x"], "mesh.data x mesh.fsdp is 64"),
+        (["demo", "--mesh.data", "64", "{tmp}/x"], "mesh.data x mesh.fsdp x mesh.expert is 64"),
         (["dream"], "invalid choice: 'dream'"),
         ([], "required: COMMAND"),
     ],

@@ -66,7 +66,7 @@ def test_toml_is_read_too(tmp_path):
         (["--schedule.microbatches=3"], "do not divide by 3"),
         (["--schedule.staleness=-1"], "0 or more"),
         (["--schedule.minibatches=5"], "do not divide by 5"),
-        (["--mesh.data=3"], "mesh.data x mesh.fsdp is 3"),
+        (["--mesh.data=3"], "mesh.data x mesh.fsdp x mesh.expert is 3"),
         (["--gate.span_minimum=200"], "at least gate.span_minimum"),
     ],
 )

@@ -53,7 +53,7 @@ class Qwen3Config:
     lora_alpha: float = 0.0  # of low-rank updates among the parameters: see `lora`
 
     def __post_init__(self) -> None:
-        sizes = _SIZES
+        sizes: tuple[str, ...] = _SIZES
         if self.num_experts:
             sizes = (*_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
         for name in sizes:

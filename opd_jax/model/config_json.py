@@ -30,7 +30,7 @@ def config_from_json(path: Path) -> Qwen3Config:
             "name a folder in Hugging Face format"
         ) from None
     rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
     _refuse_what_is_not_computed(published, rope_type, path)
     values = dict(published)
     for name, found in (
@@ -105,11 +105,7 @@ def config_to_json(config: Qwen3Config, dtype: str) -> str:
     ``dtype`` is that of the stored weights.
     """
     moe = config.num_experts > 0
-    fields = {
-        name: getattr(config, name)
-        for name in ARCHITECTURE_FIELDS
-        if moe or name not in EXPERT_FIELDS
-    }
+    fields = {name: getattr(config, name) for name in ARCHITECTURE_FIELDS if moe or name not in EXPERT_FIELDS}
     yarn = config.rope_scaling
     if yarn is not None:
         said = {name: value for name, value in dataclasses.asdict(yarn).items() if value is not None}

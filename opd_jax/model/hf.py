@@ -56,7 +56,7 @@ def _hf_shape(parameter: Parameter) -> tuple[int, ...]:
 def _names(parameter: Parameter) -> Iterator[str]:
     """The checkpoint names of a parameter: one, or one per layer."""
     for index in np.ndindex(parameter.shape[: parameter.stacks]):
-        yield parameter.name.format(**dict(zip(("layer", "expert"), index)))
+        yield parameter.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
 
 def load_pretrained(

@@ -8,6 +8,8 @@ holds, and the sum over devices brings the parts home.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -24,11 +26,10 @@ class Routing:
 
     tokens: jax.Array  # [E] float32: routed to each expert, of the tokens that are no padding
     entropy: jax.Array  # scalar float32: of the router's distribution, nats, summed over the same tokens
+    count: jax.Array  # scalar float32: how many they are
 
 
-def experts(
-    x: jax.Array, layer: Params, valid: jax.Array, config: Qwen3Config
-) -> tuple[jax.Array, Routing]:
+def experts(x: jax.Array, layer: Params, valid: jax.Array, config: Qwen3Config) -> tuple[jax.Array, Routing]:
     """The experts' share of a layer: ``sum_{e in top k} p_e down_e(silu(gate_e(x)) * up_e(x))``.
 
     ``p`` is the softmax over all experts, and divided by its sum over the chosen k where the model's
@@ -75,13 +76,31 @@ def experts(
     )(x, weights, valid)
 
 
+def routing_readings(routing: Routing) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """How a model's routers spread the tokens, as (sum, count), from the routing of its layers.
+
+    ``router_entropy`` is a token's mean over layers, in nats. ``router_imbalance`` is ``E sum_e f_e^2``
+    of the share f of tokens that each expert gets, mean over layers: 1 when all get the same, E when one
+    gets everything. ``router_largest`` is the largest ``E f_e`` of any layer; ``router_idle`` the share of
+    experts that no token went to.
+    """
+    one, number = jnp.ones(()), routing.tokens.shape[-1]
+    share = routing.tokens / jnp.maximum(jnp.sum(routing.tokens, axis=-1, keepdims=True), 1.0)
+    return {
+        "router_entropy": (jnp.mean(routing.entropy), routing.count[0]),
+        "router_imbalance": (jnp.mean(number * jnp.sum(share**2, axis=-1)), one),
+        "router_largest": (jnp.max(number * share), one),
+        "router_idle": (jnp.mean(routing.tokens == 0), one),
+    }
+
+
 def _local(
     x: jax.Array,
     weights: Params,
     valid: jax.Array,
     config: Qwen3Config,
-    expert: str | None,
-    tensor: str | None,
+    expert: Any,
+    tensor: Any,
 ) -> tuple[jax.Array, Routing]:
     """One device's rows through all experts, of which it holds some (``expert``) in part (``tensor``)."""
     b, t, d = x.shape
@@ -123,7 +142,7 @@ def route(
     counted = valid.astype(jnp.float32)
     hits = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * counted[:, None, None], axis=(0, 1))
     entropy = -jnp.sum(probability * jax.nn.log_softmax(score, axis=-1), axis=-1)
-    routing = Routing(hits, jnp.sum(entropy * counted))
+    routing = Routing(hits, jnp.sum(entropy * counted), jnp.sum(counted))
     return chosen.astype(jnp.int32), share, jax.lax.stop_gradient(routing)
 
 

@@ -105,9 +105,7 @@ def _mlp(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter
     return {
         ("layers", "gate"): Parameter((L, D, F), wide, layer + "mlp.gate_proj.weight", D**-0.5, 1),
         ("layers", "up"): Parameter((L, D, F), wide, layer + "mlp.up_proj.weight", D**-0.5, 1),
-        ("layers", "down"): Parameter(
-            (L, F, D), narrow, layer + "mlp.down_proj.weight", branch * F**-0.5, 1
-        ),
+        ("layers", "down"): Parameter((L, F, D), narrow, layer + "mlp.down_proj.weight", branch * F**-0.5, 1),
     }
 
 
@@ -124,9 +122,7 @@ def _experts(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Param
         ("layers", "router"): Parameter(
             (L, D, E), ("layers", "norm", "routes"), layer + "mlp.gate.weight", D**-0.5, 1
         ),
-        ("layers", "expert_gate"): Parameter(
-            (L, E, D, F), wide, expert + "gate_proj.weight", D**-0.5, 1
-        ),
+        ("layers", "expert_gate"): Parameter((L, E, D, F), wide, expert + "gate_proj.weight", D**-0.5, 1),
         ("layers", "expert_up"): Parameter((L, E, D, F), wide, expert + "up_proj.weight", D**-0.5, 1),
         ("layers", "expert_down"): Parameter(
             (L, E, F, D), narrow, expert + "down_proj.weight", branch * F**-0.5, 1

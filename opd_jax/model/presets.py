@@ -49,9 +49,7 @@ _JULY_2025_THETA = {"qwen3-4b": 5e6, "qwen3-30b-a3b": 1e7, "qwen3-235b-a22b": 5e
 
 PRESETS: dict[str, Qwen3Config] = dict(_SIZES)
 PRESETS |= {
-    f"{name}-base": dataclasses.replace(
-        _SIZES[name], eos_token_id=151_643, max_position_embeddings=32_768
-    )
+    f"{name}-base": dataclasses.replace(_SIZES[name], eos_token_id=151_643, max_position_embeddings=32_768)
     for name in _BASE
 }
 PRESETS |= {

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.parameters import parameter_table
+from opd_jax.model.parameters import Parameter, Path, parameter_table
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # The mesh axes that rows are split over. Outside of experts, an expert axis is one more data axis.
@@ -106,8 +106,13 @@ def param_shardings(config: Qwen3Config, mesh: Mesh) -> dict:
     Raises:
       InputError: a dimension is not divisible by the mesh axes that it falls on.
     """
+    return table_shardings(parameter_table(config), mesh)
+
+
+def table_shardings(table: dict[Path, Parameter], mesh: Mesh) -> dict:
+    """`param_shardings` of any table of parameters."""
     flat = {}
-    for path, parameter in parameter_table(config).items():
+    for path, parameter in table.items():
         spec = partition(*parameter.axes)
         for size, axis, place in zip(parameter.shape, parameter.axes, spec, strict=True):
             names = (place,) if isinstance(place, str) else place or ()

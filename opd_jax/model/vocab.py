@@ -66,9 +66,10 @@ def readout(
       temperature: logits are divided by it.
 
     Returns:
-      `Readout`: logits of the ids, log-sum-exp and entropy, float32 nats.
+      `Readout`: logits of the ids, log-sum-exp and entropy, float32 nats; of a mixture of experts its
+      routing too.
     """
-    hidden, _ = hidden_states(
+    hidden, routing = hidden_states(
         params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
     )
 
@@ -80,7 +81,7 @@ def readout(
         entropy = jax.lax.stop_gradient(logsumexp) - jnp.sum(jax.nn.softmax(fixed) * fixed, axis=-1)
         return Readout(jnp.take_along_axis(z, ids, axis=-1), logsumexp, entropy)
 
-    return _over_positions(read, (hidden, ids), config.head_chunk)
+    return _over_positions(read, (hidden, ids), config.head_chunk).replace(routing=routing)
 
 
 def token_logprobs(params: Params, rows: Rows, config: Qwen3Config, *, temperature: float = 1.0) -> jax.Array:

@@ -87,6 +87,8 @@ def make_sampler(
     def run(
         params: Params, prompts: Array, lengths: Array, problems: Array, samples: Array, root: Array
     ) -> _State:
+        # Once, not at every step: a layer computes in this dtype anyway.
+        params = jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
         keys = rollout_keys(root, problems, samples)
         positions = jnp.broadcast_to(jnp.arange(max_prompt), prompts.shape)
         cache = empty_cache(config, slots, max_prompt + max_response - 1)

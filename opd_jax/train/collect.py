@@ -177,7 +177,7 @@ def parts_of_round(config: Config, round_: int) -> list[np.ndarray]:
 def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:
     """The log-probs that `score` gives for the same rows in halves and in reverse order."""
     count = len(rows.tokens)
-    ways = run.config.mesh.data * run.config.mesh.fsdp
+    ways = run.config.mesh.data * run.config.mesh.fsdp * run.config.mesh.expert
     size = count // 2 if count % 2 == 0 and (count // 2) % ways == 0 else count
     backwards = jax.tree.map(lambda x: x[::-1], rows)
     parts = [

@@ -58,6 +58,7 @@ def read_fields(
         "staleness": signal.staleness,
         "again": signal.again,
         "ref": signal.reference,
+        "routing": student.routing,
     }
     fields["kl"] = topk_tail_loss(fields["student_logprobs_on_support"], signal.support_logprobs, mask=mask)
     if signal.student_ids is not None:

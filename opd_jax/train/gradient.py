@@ -21,6 +21,7 @@ from opd_jax.method import (
     support_mass,
 )
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.moe import routing_readings
 from opd_jax.train.choices import base_loss, gate_options
 from opd_jax.train.fields import drawn_fields, read_fields
 from opd_jax.types import Batch, Params
@@ -86,6 +87,8 @@ def read(config: Config, fields: dict[str, Any], loss: Array, d: Array, w: Array
     # A renormalised top-K loss is blind to mass outside its support: watch it from both sides.
     sums["student_support_mass"] = support_mass(fields["student_logprobs_on_support"], mask)
     sums["teacher_support_mass"] = support_mass(fields["teacher_logprobs_on_support"], mask)
+    if "routing" in fields:
+        sums |= routing_readings(fields["routing"])
     histograms = {
         "drift": histogram(d, mask, DRIFT_EDGES),
         "weight": histogram(w, mask, WEIGHT_EDGES),

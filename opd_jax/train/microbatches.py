@@ -116,6 +116,7 @@ def _in_two_sweeps(params: Params, parts: Any, config: Config, read_part: Any) -
 
 
 _SCALARS = ("step", "key")
+_SUMS = ("routing",)
 
 
 def _kept(fields: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +126,12 @@ def _kept(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _joined(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of the whole minibatch from those of its parts."""
-    return {
-        name: jax.tree.map(lambda x: x[0], value) if name in _SCALARS else join(value)
-        for name, value in fields.items()
-    }
+
+    def whole(name: str, value: Any) -> Any:
+        if name in _SCALARS:
+            return jax.tree.map(lambda x: x[0], value)
+        if name in _SUMS:
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0), value)
+        return join(value)
+
+    return {name: whole(name, value) for name, value in fields.items()}

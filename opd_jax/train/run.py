@@ -53,8 +53,7 @@ class Run:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        mesh = self.config.mesh
-        return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        return make_mesh(**dataclasses.asdict(self.config.mesh))
 
     # Models and text
 
@@ -95,7 +94,10 @@ class Run:
                     "restore them"
                 )
         config = dataclasses.replace(
-            config, compute_dtype=settings.compute_dtype, head_chunk=settings.head_chunk
+            config,
+            compute_dtype=settings.compute_dtype,
+            head_chunk=settings.head_chunk,
+            remat=settings.remat,
         )
         return config, params
 

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from opd_jax.model import forward, parameter_count, parameter_table, preset
 from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
 from opd_jax.model.hf import _to_hf
 from opd_jax.model.parameters import init_params
+from opd_jax.model.rope import Yarn
+
+
+def numpy_frequencies(config):
+    """Angle per position of each pair, and YaRN's factor: one pair at a time, from the paper's formulas."""
+    yarn, half = config.rope_scaling, config.head_dim // 2
+    frequencies = [config.rope_theta ** (-i / half) for i in range(half)]
+    if yarn is None:
+        return np.array(frequencies), 1.0
+
+    def pair_that_turns(times):
+        context = yarn.original_max_position_embeddings
+        return half * math.log(context / (2 * math.pi * times)) / math.log(config.rope_theta)
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), config.head_dim - 1)
+    mixed = []
+    for i, frequency in enumerate(frequencies):
+        slow = min(max((i - low) / (high - low), 0), 1)
+        mixed.append((1 - slow) * frequency + slow * frequency / yarn.factor)
+    return np.array(mixed), 0.1 * math.log(yarn.factor) + 1
 
 
 def numpy_qwen3(params, tokens, config):
@@ -20,17 +43,30 @@ def numpy_qwen3(params, tokens, config):
     for path, p in parameter_table(config).items():
         value = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
         value = np.asarray(value, np.float64)
-        for layer, part in enumerate(value if p.stacked else value[None]):
-            w[p.name.format(layer=layer)] = _to_hf(part, p.inputs)
+        for index in np.ndindex(value.shape[: p.stacks]):
+            name = p.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            w[name] = _to_hf(value[index], p.inputs)
 
     def rms(x, weight):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
 
     def rope(x, position):
         half = len(x) // 2
-        angle = position / config.rope_theta ** (np.arange(half) / half)
+        frequency, factor = numpy_frequencies(config)
+        cos, sin = factor * np.cos(position * frequency), factor * np.sin(position * frequency)
         a, b = x[:half], x[half:]
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin])
+
+    def mlp(h, at):
+        gate = h @ w[at + "gate_proj.weight"].T
+        return (gate / (1 + np.exp(-gate)) * (h @ w[at + "up_proj.weight"].T)) @ w[at + "down_proj.weight"].T
+
+    def mixture(h, at):
+        score = h @ w[at + "gate.weight"].T
+        p = np.exp(score) / np.exp(score).sum()
+        chosen = np.argsort(-p)[: config.num_experts_per_tok]
+        total = p[chosen].sum() if config.norm_topk_prob else 1.0
+        return sum(p[e] / total * mlp(h, f"{at}experts.{e}.") for e in chosen)
 
     heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = w["model.embed_tokens.weight"][tokens]
@@ -50,23 +86,34 @@ def numpy_qwen3(params, tokens, config):
                 out[t, n] = (p / p.sum()) @ v[: t + 1, m]
         x = x + out.reshape(len(tokens), -1) @ w[at + "self_attn.o_proj.weight"].T
         h = rms(x, w[at + "post_attention_layernorm.weight"])
-        gate = h @ w[at + "mlp.gate_proj.weight"].T
-        gated = gate / (1 + np.exp(-gate)) * (h @ w[at + "mlp.up_proj.weight"].T)
-        x = x + gated @ w[at + "mlp.down_proj.weight"].T
+        one = mixture if config.num_experts else mlp
+        x = x + np.stack([one(token, at + "mlp.") for token in h])
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return rms(x, w["model.norm.weight"]) @ head.T
 
 
-def test_forward_is_qwen3(small):
-    config, params = small
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rope_scaling": Yarn(4.0, 64, beta_fast=8.0)},
+        MIXTURE,
+        {**MIXTURE, "norm_topk_prob": True},
+    ],
+    ids=["untied", "tied", "yarn", "mixture", "mixture with weights that sum to one"],
+)
+def test_forward_is_qwen3(small, fields):
+    config = dataclasses.replace(small[0], **fields)
+    params = init_params(config, jax.random.key(0))
     # Norm scales of one would hide a norm applied to the wrong thing.
     params = jax.tree.map(lambda x: x * jnp.linspace(0.7, 1.3, x.size).reshape(x.shape), params)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=11)
-    for tied in (False, True):
-        config = dataclasses.replace(config, tie_word_embeddings=tied)
-        own = {k: v for k, v in params.items() if not (tied and k == "head")}
-        got = forward(own, jnp.array(tokens)[None], config)[0]
-        np.testing.assert_allclose(got, numpy_qwen3(own, tokens, config), rtol=1e-4, atol=1e-4)
+    got = forward(params, jnp.array(tokens)[None], config)[0]
+    np.testing.assert_allclose(got, numpy_qwen3(params, tokens, config), rtol=1e-4, atol=1e-4)
 
 
 def test_rope_theta_is_read(small):
@@ -102,7 +149,7 @@ def test_sequences_in_one_row_do_not_see_each_other(small):
     config, params = small
     rng = np.random.default_rng(2)
     first, second = rng.integers(config.vocab_size, size=5), rng.integers(config.vocab_size, size=7)
-    packed = hidden_states(
+    packed, _ = hidden_states(
         params,
         jnp.array([[*first, *second, 0, 0]]),
         config,
@@ -110,7 +157,7 @@ def test_sequences_in_one_row_do_not_see_each_other(small):
         sequence_ids=jnp.array([[1] * 5 + [2] * 7 + [0] * 2]),
     )
     for alone, part in ((first, packed[0, :5]), (second, packed[0, 5:12])):
-        want = hidden_states(params, jnp.array(alone)[None], config)[0]
+        want = hidden_states(params, jnp.array(alone)[None], config)[0][0]
         np.testing.assert_allclose(part, want, atol=2e-5)
     assert np.isfinite(packed).all()
 
@@ -132,6 +179,8 @@ def test_published_sizes_without_allocating():
         "qwen3-8b": 8_190_735_360,
         "qwen3-14b": 14_768_307_200,
         "qwen3-32b": 32_762_123_264,
+        "qwen3-30b-a3b": 30_532_122_624,
+        "qwen3-235b-a22b": 235_093_634_560,
     }
     assert {name: parameter_count(preset(name)) for name in published} == published
 
@@ -140,7 +189,7 @@ def test_bfloat16_computes_in_bfloat16_but_speaks_float32(small):
     config, params = small
     config = dataclasses.replace(config, compute_dtype="bfloat16")
     tokens = jnp.arange(10)[None]
-    assert hidden_states(params, tokens, config).dtype == jnp.bfloat16
+    assert hidden_states(params, tokens, config)[0].dtype == jnp.bfloat16
     out = forward(params, tokens, config)
     assert out.dtype == jnp.float32
     full = forward(params, tokens, dataclasses.replace(config, compute_dtype="float32"))

@@ -101,16 +101,19 @@ def test_missing_parts_are_refused(tmp_path, folder):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_type": "qwen3_moe"},
+        {"model_type": "qwen2"},
+        {"decoder_sparse_step": 2},
+        {"mlp_only_layers": [0]},
+        {"quantization_config": {"bits": 4}},
         {"attention_bias": True},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"use_sliding_window": True},
         {"hidden_act": "gelu"},
     ],
 )
 def test_what_is_not_computed_is_refused_not_ignored(folder, fields):
     set_config(folder, **fields)
-    with pytest.raises(InputError, match="only dense Qwen3"):
+    with pytest.raises(InputError, match="only Qwen3 with"):
         load_pretrained(folder)
 
 

@@ -1,5 +1,8 @@
 """Rules: where things lie, what cannot be split, and that splitting changes no number."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import InputError
-from opd_jax.model import make_mesh, param_shardings, token_logprobs
+from opd_jax.model import Qwen3Config, init_params, make_mesh, param_shardings, token_logprobs
 from opd_jax.model.sharding import batch_sharding, partition
 from opd_jax.rollout import make_rows
 
@@ -30,9 +33,36 @@ def test_what_cannot_be_split_is_refused(small):
         partition("heads", "mlp")
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 1), (2, 1, 2), (2, 2, 2)])
-def test_sharded_equals_unsharded(small, shape):
-    config, params = small
+# Every dimension divides by four; experts by their own axis.
+DENSE = Qwen3Config(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=6,
+    eos_token_id=0,
+)
+MIXTURE = dataclasses.replace(
+    DENSE, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True
+)
+TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        *itertools.product((DENSE, MIXTURE), [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]),
+        (TIED, (1, 2, 4)),
+        (MIXTURE, (1, 1, 1, 8)),
+        (MIXTURE, (1, 2, 2, 2)),
+        (DENSE, (1, 1, 2, 2)),
+    ],
+    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else "mixture" if x.num_experts else "dense",
+)
+def test_sharded_equals_unsharded(config, shape):
+    params = init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     rows = make_rows([rng.integers(40, size=3)] * 8, [rng.integers(40, size=n) for n in range(2, 10)], 12)
 
@@ -53,4 +83,4 @@ def test_sharded_equals_unsharded(small, shape):
     for a, b in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(want_gradient), strict=True):
         scale = float(jnp.abs(b).max())
         np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-5)
-    assert got_gradient["layers"]["up"].sharding.spec == placed["layers"]["up"].spec
+    assert jax.tree.map(lambda x: x.sharding.spec, got_gradient) == jax.tree.map(lambda x: x.spec, placed)
