@@ -1,0 +1,110 @@
+"""Bytes that the devices send each other, read off a compiled program.
+
+Collectives exist only after partitioning, so they are counted in the compiled text: what each device
+receives of one, times the trips of the loops around it. Loops whose length only the data knows count once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_SHAPE = re.compile(r"\b(pred|[sufb]f?\d+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|"
+    r"collective-permute)(?P<start>-start)?\("
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"s32\[\][^=]* constant\((\d+)\)")
+
+
+@dataclasses.dataclass
+class _Computation:
+    own: Counter[str] = dataclasses.field(default_factory=Counter)  # kind -> bytes
+    calls: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # callee, times
+    constants: list[int] = dataclasses.field(default_factory=list)
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes each device receives in one call of a program, by kind of collective.
+
+    Args:
+      text: ``compiled.as_text()``.
+    """
+    computations, entry = _parse(text)
+    whole: dict[str, Counter[str]] = {}
+
+    def total(name: str) -> Counter[str]:
+        if name not in whole:
+            found = Counter(computations[name].own)
+            for callee, times in computations[name].calls:
+                for kind, size in total(callee).items():
+                    found[kind] += times * size
+            whole[name] = found
+        return whole[name]
+
+    return dict(total(entry))
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    loops: list[tuple[_Computation, str, str, int | None]] = []
+    entry, current = "", _Computation()
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            current = computations[head[2]] = _Computation()
+            entry = head[2] if head[1] else entry
+            continue
+        current.constants += [int(number) for number in _CONSTANT.findall(line)]
+        collective = _COLLECTIVE.search(line)
+        if collective:
+            current.own[collective["kind"]] += _received(line, collective)
+        loop = _WHILE.search(line)
+        if loop:
+            trips = _TRIPS.search(line)
+            loops.append((current, loop[1], loop[2], int(trips[1]) if trips else None))
+        current.calls += [(name, 1) for name in _CALLED.findall(line)]
+        for names in _BRANCHES.findall(line):
+            current.calls += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
+    for caller, condition, body, trips in loops:
+        if trips is None:
+            # A counted loop compares its counter with the one constant of its condition.
+            bounds = computations[condition].constants
+            trips = bounds[0] if len(bounds) == 1 else 1
+        caller.calls.append((body, trips))
+    return computations, entry
+
+
+def _received(line: str, collective: re.Match[str]) -> int:
+    """What one device receives: of n devices' result, all parts but its own."""
+    sizes = [
+        math.prod(int(axis) for axis in axes.split(",") if axis) * _BYTES.get(kind, 4)
+        for kind, axes in _SHAPE.findall(collective["shape"])
+    ]
+    kind, n = collective["kind"], _group_size(line)
+    if not sizes or n == 1:
+        return 0
+    # An asynchronous start holds its operands beside its results: the larger half is what moves.
+    size = max(sizes) if collective["start"] else sum(sizes)
+    if kind == "all-reduce":
+        return 2 * size * (n - 1) // n
+    if kind == "reduce-scatter":
+        return size * (n - 1) if not collective["start"] else size * (n - 1) // n
+    return size if kind == "collective-permute" else size * (n - 1) // n
+
+
+def _group_size(line: str) -> int:
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    return int(iota[2]) if iota else 2

@@ -1,0 +1,84 @@
+"""Floating-point operations of a program, counted on its jaxpr.
+
+The compiler's own count visits the body of a loop once and knows nothing of a kernel. Here a scan counts
+as often as it runs, and an attention kernel by its formula. Only matrix products are counted: everything
+else is small beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# FLOPs of a kernel call by the name it was given, from the shapes of its inputs.
+Kernel = Callable[[Any], int]
+
+
+def program_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Matrix-product FLOPs of one call over all devices; a multiply and an add are two.
+
+    The body of a loop whose length only the data knows counts once: for a sampler that is prefill and
+    one token.
+
+    Args:
+      function: what is called; may be jitted, may hold shard_map, scan, remat and custom derivatives.
+      args: arrays or ShapeDtypeStructs.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: Any) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot_flops(equation)
+    if name in ("ragged_dot", "ragged_dot_general"):
+        return _ragged_dot_flops(equation)
+    if name == "pallas_call":
+        return _attention_flops(equation)
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":
+        times = math.prod(params["mesh"].shape.values())
+    return times * sum(_jaxpr_flops(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(part, "jaxpr", part)
+            if hasattr(jaxpr, "eqns"):
+                found.append(jaxpr)
+    return found
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    shared = math.prod(left[axis] for axis in contracted)
+    batched = math.prod(left[axis] for axis in batch)
+    return 2 * math.prod(left) * math.prod(right) // (shared * batched)
+
+
+def _ragged_dot_flops(equation: Any) -> int:
+    """Of the rows that are there, each through one expert; in the backward pass the same number again."""
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    out = equation.outvars[0].aval.shape
+    if len(right) == 3:  # [m, k] x [E, k, n] -> [m, n]
+        return 2 * math.prod(left) * out[-1]
+    return 2 * math.prod(left) * right[-1]  # [m, k] x [m, n] -> [E, k, n]
+
+
+def _attention_flops(equation: Any) -> int:
+    raise NotImplementedError(equation)
