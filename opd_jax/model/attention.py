@@ -1,9 +1,14 @@
-"""Masked grouped-query attention."""
+"""Masked grouped-query attention: plain, or by the fused kernel of a GPU or a TPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from opd_jax.model.sharding import partition
 
 
 def causal_mask(sequence_ids: jax.Array) -> jax.Array:
@@ -47,3 +52,83 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
       ``[B, T, N, H]`` in the dtype of ``query``.
     """
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+
+
+def row_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, sequence_ids: jax.Array, kernel: str
+) -> jax.Array:
+    """Causal attention over whole rows, within equal sequence ids, by the kernel of that name.
+
+    Under the mesh in context, "cudnn" and "splash" run shard by shard over the rules' batch and head
+    axes: XLA cannot split a kernel. They hold no ``[T, T]`` array, neither forward nor backward.
+
+    Args:
+      query: ``[B, T, N, H]``.
+      key, value: ``[B, T, M, H]``; query head n reads key-value head ``n // (N / M)``.
+      sequence_ids: ``[B, T]`` int32; padding has id 0.
+      kernel: what `choose_kernel` returned: "xla", "cudnn" or "splash".
+
+    Returns:
+      ``[B, T, N, H]`` in the dtype of ``query``. Padding is finite whatever the kernel; nothing reads it.
+    """
+    if kernel == "xla":
+        return attention(query, key, value, causal_mask(sequence_ids))
+    if kernel == "cudnn":
+        return _per_shard(cudnn_attention)(query, key, value, sequence_ids)
+    if kernel == "splash":
+        # Imported where it is used: it brings Pallas along, which other platforms never need.
+        from opd_jax.model.splash import splash_attention
+
+        return _per_shard(splash_attention)(query, key, value, sequence_ids)
+    raise ValueError(f"kernel must be xla, cudnn or splash: got {kernel!r}")
+
+
+def _per_shard(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``kernel`` over the shards of the mesh in context; as it stands where `constrain` does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return kernel
+    queries = partition("batch", "length", "heads", "head_dim")
+    keys = partition("batch", "length", "kv_heads", "head_dim")
+    return jax.shard_map(
+        kernel,
+        in_specs=(queries, keys, keys, partition("batch", "length")),
+        out_specs=queries,
+        check_vma=False,  # what a Pallas kernel writes does not say over which axes it varies
+    )
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, sequence_ids: jax.Array) -> jax.Array:
+    """`row_attention` by cuDNN, for rows that hold one sequence each, padded on the right.
+
+    cuDNN is told a length per row. Lengths are given even where rows are full, because without them its
+    backward pass has returned NaN at some values of T (NVIDIA/cudnn-frontend issue 160), and a row that
+    is all padding counts as full, because length 0 gives NaN before cuDNN 9.25 (issue 943).
+
+    Args:
+      query: ``[B, T, N, H]``, bfloat16 or float16.
+      key, value: ``[B, T, M, H]``.
+      sequence_ids: ``[B, T]`` int32.
+
+    Returns:
+      ``[B, T, N, H]``, zero on padding. NaN on a row that holds more than one sequence, or whose padding
+      is not on the right: it would be attended across, and what ids say is known only when they arrive.
+    """
+    first = sequence_ids[:, :1]
+    lengths = jnp.sum(sequence_ids == first, axis=1, dtype=jnp.int32)
+    inside = jnp.arange(sequence_ids.shape[1]) < lengths[:, None]
+    # The log-sum-exp is asked for although nothing reads it: a gradient program needs it, and so a
+    # forward-only program runs the same cuDNN graph. A policy compared with itself shows no drift.
+    attended, _ = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+        return_residual=True,
+    )
+    one_sequence = jnp.all(sequence_ids == jnp.where(inside, first, 0), axis=1)
+    attended = jnp.where(inside[:, :, None, None], attended, 0)
+    return jnp.where(one_sequence[:, None, None, None], attended, jnp.nan)
