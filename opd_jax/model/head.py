@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from opd_jax.errors import InputError
 from opd_jax.model.sharding import RULES, partition
 from opd_jax.types import Readout
 
@@ -85,11 +87,10 @@ def read_head(
     ``z[ids]``, ``log sum exp z`` and ``log sum exp z - sum p z``; the gradient in the logits is
     ``p dlse + sum of dz[id] at id``, and the entropy and the choice of the likeliest have none. Logits,
     sums and both results of the backward pass are accumulated in float32; its matrix products take the
-    logits' gradient in the compute dtype, which in bfloat16 rounds each entry by up to 2^-9 of itself.
+    logits' gradient in the compute dtype, which in bfloat16 rounds each entry by up to 2^-8 of itself.
 
     Args:
-      hidden: ``[B, T, D]`` in the compute dtype, the final norm done. Under a mesh B must divide by the
-        axes that rows are split over.
+      hidden: ``[B, T, D]`` in the compute dtype, the final norm done.
       matrix: ``[D, V]`` as stored; it is read in the compute dtype, its gradient is in its own.
       ids: ``[B, T, K]`` int32. One outside the vocabulary gets NaN.
       chunk: positions that are in memory at a time, on each device.
@@ -99,6 +100,9 @@ def read_head(
 
     Returns:
       The `Readout` of K + k ids, and the ids ``[B, T, K + k]``.
+
+    Raises:
+      InputError: under a mesh, B does not divide by the axes that rows are split over.
     """
     hidden, matrix, ids = _vary_alike(hidden, matrix, ids)
     question = _Question(temperature, chunk, k, usable, jnp.dtype(matrix.dtype))
@@ -205,7 +209,7 @@ def _gradients(
         of_z = jnp.exp(z - logsumexp[:, None]) * of_logsumexp[:, None]
         local, inside = _local(ids, first, z)
         position = jnp.arange(len(ids))[:, None]
-        of_z = of_z.at[position, local].add(jnp.where(inside, of_logits, 0.0))
+        of_z = of_z.at[position, local].add(jnp.where(inside, _once(of_logits, ids), 0.0))
         of_z = (of_z / question.temperature).astype(hidden.dtype)
         of_matrix = jnp.einsum("pd,pv->dv", hidden, of_z, preferred_element_type=jnp.float32)
         of_hidden = jnp.einsum("pv,dv->pd", of_z, whole, preferred_element_type=jnp.float32)
@@ -253,6 +257,16 @@ def _local(ids: Array, first: Array | int, z: Array) -> tuple[Array, Array]:
     return jnp.where(inside, local, 0), inside
 
 
+def _once(x: Array, ids: Array) -> Array:
+    """The sum of ``x [P, K]`` over equal ids where an id first stands, zero where it stands again.
+
+    A device that scatters in parallel then adds nothing but zeros to a place twice, in whatever order.
+    """
+    same = ids[:, :, None] == ids[:, None, :]
+    again = jnp.any(jnp.tril(same, -1), axis=-1)
+    return jnp.where(again, 0.0, jnp.sum(jnp.where(same, x[:, None, :], 0.0), axis=-1))
+
+
 def _pieces(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     """``[B, T, ...]`` arrays as ``[pieces, P, ...]``, P at most ``chunk``, zeros at the end."""
     positions = arrays[0].shape[0] * arrays[0].shape[1]
@@ -286,8 +300,14 @@ def _over_mesh(function: Callable[..., Any], takes: Any, gives: Any) -> Callable
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return functools.partial(function, _Axes())
     axes = _Axes(*(_mesh_axes(name) for name in ("batch", "embed", "vocab")))
+    ways = math.prod(mesh.shape[axis] for axis in axes.rows)
 
     def mapped(question: _Question, *arrays: Array) -> Any:
+        if (rows := arrays[0].shape[0]) % ways:
+            raise InputError(
+                f"rows must split evenly over the mesh: the vocabulary head got {rows}, mesh "
+                f"{'x'.join(axes.rows)} is {ways}; use a multiple of {ways}"
+            )
         return jax.shard_map(
             functools.partial(function, axes, question),
             in_specs=_specs(takes),
