@@ -37,6 +37,11 @@ class Parameter:
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
+    @property
+    def stacks(self) -> int:
+        """How many leading axes are stacks: one for each placeholder in the name, in order."""
+        return self.name.count("{")
+
 
 def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
     """Every parameter of a Qwen3, by its path in the nested dict of arrays."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from opd_jax.model import forward, parameter_count, parameter_table, preset
 from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
-from opd_jax.model.hf import _to_hf
+from opd_jax.model.hf import to_hf
 from opd_jax.model.parameters import init_params
 
 
@@ -21,7 +21,7 @@ def numpy_qwen3(params, tokens, config):
         value = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
         value = np.asarray(value, np.float64)
         for layer, part in enumerate(value if p.stacked else value[None]):
-            w[p.name.format(layer=layer)] = _to_hf(part, p.inputs)
+            w[p.name.format(layer=layer)] = to_hf(part, p.inputs)
 
     def rms(x, weight):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
