@@ -7,6 +7,7 @@ Then each process reads the slices that its own shards need, one shard at a time
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -191,19 +192,23 @@ def load_parameter(
     each, and hold all shards of the process before it places the first.
     """
     shape = parameter.shape
+    holders: dict[Span, list[jax.Device | None]] = {}
     if sharding is None:
-        whole = tuple(range(size) for size in shape)
-        return jax.block_until_ready(jax.device_put(read_shard(parameter, stored, whole, dtype)))
-    holders: dict[Span, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        span = tuple(range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(span, []).append(device)
+        holders[tuple(range(size) for size in shape)] = [None]
+    else:
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            span = tuple(range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True))
+            holders.setdefault(span, []).append(device)
     shards: list[jax.Array] = []
     for span, devices in holders.items():
         value = read_shard(parameter, stored, span, dtype)
-        # Waited for, so that the host's copy is gone before the next is made.
+        # Waited for, so that the host's copy is gone before the next is made; JAX lets go of what it has
+        # copied when garbage is collected.
         shards += jax.block_until_ready([jax.device_put(value, device) for device in devices])
         del value
+        gc.collect(0)
+    if sharding is None:
+        return shards[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
