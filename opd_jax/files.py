@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opd_jax.errors import InputError
@@ -28,13 +29,96 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # some writers create files that only their owner can read
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the move itself must survive a power cut
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # the move itself must survive a power cut
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, ours: Sequence[str]) -> Iterator[Path]:
+    """Write a folder so that readers see the old one or the whole new one, never a mixture.
+
+    Yields a folder beside it, ``.NAME.part``, with copies of those old files whose names match none of the
+    patterns ``ours``. On a clean exit it is synced to disk and put in place by two renames: the old
+    folder becomes ``.NAME.old``, the new one ``NAME``. A process killed between the two leaves the old
+    one whole under ``.NAME.old``, and `restore_folder` puts it back. ``.NAME.part`` is never read; the
+    next writer removes what a killed one left there.
+
+    Raises:
+      InputError: the folder is none that can be replaced; nothing is written then.
+    """
+    folder = folder.resolve()
+    part, old = _beside(folder)
+    restore_folder(folder)
+    theirs = _theirs(folder, ours)
+    _discard(folder)
+    part.mkdir(parents=True)
+    try:
+        for file in theirs:
+            shutil.copyfile(file, part / file.name)
+        yield part
+        for path in (*part.rglob("*"), part):
+            _sync(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(part, folder)
+        _sync(folder.parent)
+    except BaseException:
+        restore_folder(folder)
+        _discard(folder)
+        raise
+    _discard(folder)
+
+
+def _theirs(folder: Path, ours: Sequence[str]) -> list[Path]:
+    """The files of a folder that are to stay in it."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise InputError(f"a folder cannot take the place of a file: {folder} is one; choose another name")
+    if folder.is_mount() or Path.cwd().is_relative_to(folder):
+        raise InputError(
+            "a folder that is replaced whole can be neither a mount point nor around the working folder: "
+            f"{folder} is; name a new folder inside it"
+        )
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        if entry.is_dir():
+            raise InputError(
+                f"a folder that is replaced whole can hold files only: {folder} holds the folder "
+                f"{entry.name}; move that elsewhere, or name a new folder"
+            )
+    return [entry for entry in entries if not any(entry.match(pattern) for pattern in ours)]
+
+
+def restore_folder(folder: Path) -> None:
+    """Put the old folder back if `replacing_folder` was killed between its two renames."""
+    folder = folder.resolve()
+    _, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        with contextlib.suppress(OSError):  # another process of this run was faster
+            os.rename(old, folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+
+
+def _discard(folder: Path) -> None:
+    """Remove what writers left beside a folder; the half-removed never bears the name of the whole."""
+    part, old = _beside(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    if old.exists() and folder.exists():
+        os.rename(old, part)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import forward, hidden_states
-from opd_jax.model.hf import load_pretrained, save_pretrained
+from opd_jax.model.hf_load import load_pretrained
+from opd_jax.model.hf_save import save_pretrained
 from opd_jax.model.parameters import init_params, parameter_count, parameter_table
 from opd_jax.model.presets import preset
 from opd_jax.model.sharding import make_mesh, param_shardings

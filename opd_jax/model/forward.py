@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from opd_jax.model.attention import attention, cache_mask, causal_mask
+from opd_jax.model.attention import attention, cache_mask, row_attention
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.lora import lora_delta
 from opd_jax.model.moe import Routing, experts
 from opd_jax.model.rope import rotary_angles, rotate
 from opd_jax.model.sharding import RULES, can_split, constrain, partition
@@ -89,7 +90,7 @@ def project(h: jax.Array, layer: Params, name: str, config: Qwen3Config) -> jax.
     if update is None:
         return out
     a = update["a"].reshape(h.shape[-1], -1)
-    return out + config.lora_alpha / a.shape[-1] * jnp.tensordot(h @ a, update["b"], 1)
+    return out + lora_delta(h, a, update["b"], config.lora_alpha / a.shape[-1], 1)
 
 
 def _embed(params: Params, tokens: jax.Array, config: Qwen3Config) -> jax.Array:
@@ -153,10 +154,10 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if sequence_ids is None:
         sequence_ids = jnp.ones_like(tokens)
-    mask, angles = causal_mask(sequence_ids), rotary_angles(positions, config)
+    angles = rotary_angles(positions, config)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple]:
-        return attention(query, key, value, mask), ()
+        return row_attention(query, key, value, sequence_ids, config.attention), ()
 
     def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Routing | None]:
         x, _, routing = _layer(x, layer, angles, attend, sequence_ids > 0, config)

@@ -68,7 +68,7 @@ class _Answer(NamedTuple):
     entropy: Array  # [B, T]
 
 
-ANSWER = _Answer(IDS, IDS, EACH, EACH, EACH)
+ANSWER: Any = _Answer(IDS, IDS, EACH, EACH, EACH)
 
 
 def read_head(

@@ -33,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "experts": "expert",
     "routes": None,
     "norm": None,
+    "rank": None,
     # activations
     "batch": BATCH,
     "length": None,

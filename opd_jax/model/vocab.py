@@ -7,6 +7,8 @@ bf16 log-sum-exp over a large vocabulary is off by hundredths of a nat.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from flax import struct
 
@@ -42,7 +44,7 @@ def _read(
         k=k,
         usable=usable,
     )
-    return told.replace(routing=routing), ids
+    return dataclasses.replace(told, routing=routing), ids
 
 
 def readout(

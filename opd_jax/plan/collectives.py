@@ -75,12 +75,10 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         current.calls += [(name, 1) for name in _CALLED.findall(line)]
         for names in _BRANCHES.findall(line):
             current.calls += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
-    for caller, condition, body, trips in loops:
-        if trips is None:
-            # A counted loop compares its counter with the one constant of its condition.
-            bounds = computations[condition].constants
-            trips = bounds[0] if len(bounds) == 1 else 1
-        caller.calls.append((body, trips))
+    for caller, condition, body, known in loops:
+        # A counted loop compares its counter with the one constant of its condition.
+        bounds = computations[condition].constants
+        caller.calls.append((body, known or (bounds[0] if len(bounds) == 1 else 1)))
     return computations, entry
 
 

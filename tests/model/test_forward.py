@@ -12,7 +12,7 @@ import pytest
 
 from opd_jax.model import forward, parameter_count, parameter_table, preset
 from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
-from opd_jax.model.hf import _to_hf
+from opd_jax.model.hf import hf_tensors, to_hf
 from opd_jax.model.parameters import init_params
 from opd_jax.model.rope import Yarn
 
@@ -43,9 +43,8 @@ def numpy_qwen3(params, tokens, config):
     for path, p in parameter_table(config).items():
         value = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
         value = np.asarray(value, np.float64)
-        for index in np.ndindex(value.shape[: p.stacks]):
-            name = p.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
-            w[name] = _to_hf(value[index], p.inputs)
+        for index, name in hf_tensors(p):
+            w[name] = to_hf(value[index], p.inputs)
 
     def rms(x, weight):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * weight
