@@ -13,6 +13,23 @@ from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank updates in the place of the student's own weights: `opd_jax.model.lora`."""
+
+    rank: int = 0  # 0 trains the weights themselves
+    alpha: float = 32.0  # updates count alpha / rank
+    targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = (
+        "query",
+        "key",
+        "value",
+        "output",
+        "gate",
+        "up",
+        "down",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The two models, and how they are computed."""
 
@@ -20,7 +37,10 @@ class ModelConfig:
     teacher: str = ""  # the same; must read the student's tokenizer ids
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
     head_chunk: int = 512  # positions per pass through the vocabulary head
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # kernel of whole rows
     remat: Literal["full", "attention", "dots", "none"] = "full"  # what the backward pass recomputes
+    residency: Literal["together", "sequential"] = "together"  # sequential: one model at a time
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,11 @@ from opd_jax.model.config import ARCHITECTURE_FIELDS, EXPERT_FIELDS, Qwen3Config
 from opd_jax.model.rope import Yarn
 
 
+def read_model_config(folder: Path) -> Qwen3Config:
+    """The config of a checkpoint folder, no weights read."""
+    return config_from_json(folder / "config.json")
+
+
 def config_from_json(path: Path) -> Qwen3Config:
     """Read a Hugging Face ``config.json``, refusing what this model does not compute.
 

@@ -133,6 +133,13 @@ def lora_delta(h: jax.Array, a: jax.Array, b: jax.Array, scale: float, inputs: i
     return jnp.tensordot(scale * jnp.tensordot(h, a, axes=inputs), b, axes=1)
 
 
+def on_top(params: Params, adapter: Params) -> Params:
+    """The parameters with an adapter beside them; of no parameters, the adapter as it is."""
+    if not params:
+        return adapter
+    return {**params, "layers": {**params["layers"], **adapter["layers"]}}
+
+
 def merge_lora(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
     """The parameters with an adapter merged in: ``W + alpha / r * a b`` in float32, in W's dtype.
 

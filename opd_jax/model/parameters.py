@@ -17,6 +17,7 @@ from opd_jax.model.config import Qwen3Config
 from opd_jax.types import Params
 
 Path = tuple[str, ...]
+Table = dict[Path, "Parameter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Parameter:
         return self.name.count("{")
 
 
-def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
+def parameter_table(config: Qwen3Config) -> Table:
     """Every parameter of a Qwen3, by its path in the nested dict of arrays."""
     L, D = config.num_hidden_layers, config.hidden_size
     N, M, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -47,7 +48,7 @@ def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
     # Residual branches start small enough that the sum over layers keeps unit scale.
     branch = 1.0 / math.sqrt(2 * L)
 
-    table: dict[Path, Parameter] = {
+    table: Table = {
         ("embed",): Parameter(
             (config.vocab_size, D),
             ("vocab", "embed"),
@@ -99,7 +100,7 @@ def parameter_table(config: Qwen3Config) -> dict[Path, Parameter]:
     return table
 
 
-def _mlp(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter]:
+def _mlp(config: Qwen3Config, layer: str, branch: float) -> Table:
     L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     wide, narrow = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
     return {
@@ -109,7 +110,7 @@ def _mlp(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter
     }
 
 
-def _experts(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Parameter]:
+def _experts(config: Qwen3Config, layer: str, branch: float) -> Table:
     L, D, F, E = (
         config.num_hidden_layers,
         config.hidden_size,
@@ -133,6 +134,13 @@ def _experts(config: Qwen3Config, layer: str, branch: float) -> dict[Path, Param
 def parameter_count(config: Qwen3Config) -> int:
     """Number of parameters, from the table, without allocating any."""
     return sum(math.prod(parameter.shape) for parameter in parameter_table(config).values())
+
+
+def abstract_params(table: Table, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of a table's parameters, nothing of it in memory."""
+    return traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(parameter.shape, dtype) for path, parameter in table.items()}
+    )
 
 
 def init_params(config: Qwen3Config, key: jax.Array, dtype: Any = jnp.float32) -> Params:

@@ -8,6 +8,7 @@ mesh in context, or inside shard_map and pmap, `constrain` does nothing, so that
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from flax import traverse_util
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.parameters import Parameter, Path, parameter_table
+from opd_jax.model.parameters import Table, parameter_table
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # The mesh axes that rows are split over. Outside of experts, an expert axis is one more data axis.
@@ -42,14 +43,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
-    """A mesh of ``data x fsdp x expert x tensor`` devices.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
+    """A mesh of ``data x fsdp x expert x tensor`` devices, the first of those at hand unless named.
 
     Raises:
       InputError: there are fewer devices than the mesh asks for.
     """
     shape = (data, fsdp, expert, tensor)
-    wanted, present = math.prod(shape), jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    wanted, present = math.prod(shape), len(devices)
     if wanted > present:
         raise InputError(
             f"a mesh cannot be larger than the devices at hand: mesh {data} x {fsdp} x {expert} x {tensor} "
@@ -60,7 +62,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1) ->
         shape,
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=jax.devices()[:wanted],
+        devices=devices[:wanted],
     )
 
 
@@ -97,6 +99,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def on_mesh(arrays: Any, mesh: Mesh) -> Any:
+    """Host arrays ``[B, ...]``, the same in every process, as global arrays with their rows split."""
+    return jax.device_put(arrays, batch_sharding(mesh))
+
+
+def everywhere(arrays: Any) -> Any:
+    """Results of a program made whole on every device, so that every process can read them."""
+    if not in_mesh():
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), arrays)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -110,7 +124,7 @@ def param_shardings(config: Qwen3Config, mesh: Mesh) -> dict:
     return table_shardings(parameter_table(config), mesh)
 
 
-def table_shardings(table: dict[Path, Parameter], mesh: Mesh) -> dict:
+def table_shardings(table: Table, mesh: Mesh) -> dict:
     """`param_shardings` of any table of parameters."""
     flat = {}
     for path, parameter in table.items():

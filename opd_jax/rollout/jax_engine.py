@@ -21,7 +21,7 @@ from opd_jax.errors import InputError
 from opd_jax.keys import rollout_keys, token_keys
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import decode, empty_cache, logits
-from opd_jax.model.sharding import constrain
+from opd_jax.model.sharding import constrain, everywhere
 from opd_jax.rollout.sampling import sample_token
 from opd_jax.types import Params, TokenIds
 
@@ -133,7 +133,7 @@ def make_sampler(
 
     def outcome(*args: Any) -> tuple[Array, Array, Array, Array]:
         state = run(*args)
-        return state.tokens, state.logprobs, state.lengths, state.done
+        return everywhere((state.tokens, state.logprobs, state.lengths, state.done))
 
     return jax.jit(outcome)
 

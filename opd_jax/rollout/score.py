@@ -18,6 +18,7 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.sharding import everywhere
 from opd_jax.model.vocab import TopK, readout, token_logprobs, top_k_logprobs
 from opd_jax.rollout.rows import gather, make_rows, spread
 from opd_jax.rollout.store import Rollout, Score
@@ -31,7 +32,9 @@ TopKScorer = Callable[[Params, Rows], TopK]
 @functools.cache  # one program for all who ask for the same
 def make_scorer(config: Qwen3Config, *, temperature: float) -> Scorer:
     """Compiled ``(params, rows) -> log-prob [B, T]`` of the sampled tokens, as the trainer reads it."""
-    return jax.jit(lambda params, rows: token_logprobs(params, rows, config, temperature=temperature))
+    return jax.jit(
+        lambda params, rows: everywhere(token_logprobs(params, rows, config, temperature=temperature))
+    )
 
 
 @functools.cache
@@ -39,7 +42,7 @@ def make_topk_scorer(config: Qwen3Config, *, k: int, temperature: float, usable:
     """Compiled ``(params, rows) -> TopK``: sampled log-prob, likeliest ids, their log-probs, entropy."""
 
     def score(params: Params, rows: Rows) -> TopK:
-        return top_k_logprobs(params, rows, k, config, temperature=temperature, usable=usable)
+        return everywhere(top_k_logprobs(params, rows, k, config, temperature=temperature, usable=usable))
 
     return jax.jit(score)
 
@@ -48,7 +51,9 @@ def make_topk_scorer(config: Qwen3Config, *, k: int, temperature: float, usable:
 def make_ids_scorer(config: Qwen3Config, *, temperature: float) -> Callable[[Params, Rows, Array], Array]:
     """Compiled ``(params, rows, ids [B, T, K]) -> log-probs [B, T, K]`` of given ids."""
     return jax.jit(
-        lambda params, rows, ids: readout(params, rows, ids, config, temperature=temperature).logprobs
+        lambda params, rows, ids: everywhere(
+            readout(params, rows, ids, config, temperature=temperature).logprobs
+        )
     )
 
 

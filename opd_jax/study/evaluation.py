@@ -51,9 +51,9 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
       The file that holds the answers.
     """
     file = answers_file(run, who)
-    model, params = run.teacher if who == "teacher" else run.base
-    if who == "student":
-        params = run.state.params
+    run.make_room("policy" if who == "student" else who)
+    model = run.teacher_model if who == "teacher" else run.model
+    params = {"student": lambda: run.policy, "base": lambda: run.base, "teacher": lambda: run.teacher}[who]()
     sampling, evaluation = run.config.sampling, run.config.evaluation
     sampler = make_sampler(
         model,

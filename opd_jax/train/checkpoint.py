@@ -67,12 +67,3 @@ class Checkpoints:
 
     def close(self) -> None:
         self._checkpointer.close()
-
-
-def abstract(state: TrainState, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, as `Checkpoints.restore` wants them."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: state),
-        shardings,
-    )

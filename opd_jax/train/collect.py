@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import grain
@@ -13,7 +13,8 @@ from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
-from opd_jax.model.sharding import batch_sharding
+from opd_jax.model.sharding import on_mesh
+from opd_jax.processes import is_first, wait_for_all
 from opd_jax.rollout.jax_engine import Request, make_sampler, sample
 from opd_jax.rollout.score import (
     Scorer,
@@ -29,7 +30,8 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.train.choices import wanted_extras
-from opd_jax.train.run import Run, params_digest
+from opd_jax.train.identity import params_digest
+from opd_jax.train.run import Run
 from opd_jax.types import Rows
 
 
@@ -63,6 +65,7 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them."""
     round_, config = len(run.rollouts.rounds), run.config
+    run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     prompts = {problem.id: encode_prompt(run.tokenizer, problem.prompt) for problem, _ in draws}
     generated = sample(
@@ -75,7 +78,7 @@ def sample_round(run: Run, stop: Stop) -> None:
             top_p=config.sampling.top_p,
             usable=run.usable,
         ),
-        run.state.params,
+        run.policy,
         [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
         stream(config.seed, "sample"),
         slots=config.sampling.slots,
@@ -98,18 +101,24 @@ def sample_round(run: Run, stop: Stop) -> None:
                 reward=float(grade(text, problem.answer)),
             )
         )
-    run.rollouts.append(rollouts)
-    run.rollouts.seal(
-        round_,
-        update=int(run.state.update),
-        policy=params_digest(run.state.params),
-        reward=float(np.mean([rollout.reward for rollout in rollouts])),
-        truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
-    )
+    policy = params_digest(run.state.params)  # a sum over all devices, so all processes take part
+    if is_first():
+        run.rollouts.append(rollouts)
+        run.rollouts.seal(
+            round_,
+            update=int(run.state.update),
+            policy=policy,
+            reward=float(np.mean([rollout.reward for rollout in rollouts])),
+            truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
+        )
+    wait_for_all(f"sampled {round_}")
 
 
 def score_round(run: Run, stop: Stop) -> None:
-    """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts."""
+    """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts.
+
+    One model reads all rows before the next one does, so that they need not be in memory together.
+    """
     round_, config = len(run.scored.rounds), run.config
     if run.rollouts.shard(round_)["policy"] != params_digest(run.state.params):
         raise InputError(
@@ -117,55 +126,81 @@ def score_round(run: Run, stop: Stop) -> None:
             f"the one that drew round {round_}; restore its checkpoint, or start a new run folder"
         )
     rollouts = run.rollouts.read(round_)
-    teacher_config, teacher = run.teacher
     if len(rollouts) != config.sampling.prompts * config.sampling.samples:
         raise InputError(
             f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
             f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
         )
-    check_rollouts(rollouts, {"student": run.model.vocab_size, "teacher": teacher_config.vocab_size})
-    temperature = config.sampling.temperature
-    score = make_scorer(run.model, temperature=temperature)
-    # Only ids that every model knows and the tokenizer means something by.
-    usable = min(run.usable, run.model.vocab_size, teacher_config.vocab_size)
-    score_teacher = make_topk_scorer(
-        teacher_config, k=config.loss.top_k, temperature=temperature, usable=usable
-    )
+    vocabularies = {"student": run.model.vocab_size, "teacher": run.teacher_model.vocab_size}
+    check_rollouts(rollouts, vocabularies)
     extras = set(wanted_extras(config))
     if config.log.diagnose_every:
         extras.add("again")  # for the null reading, which is left out where a round lacks it
+    parts = parts_of_round(config, round_)
+    rows = [rows_of([rollouts[index] for index in chosen], run.width) for chosen in parts]
+    columns: list[dict[str, Any]] = [{} for _ in parts]
+    for read in (_by_policy, _by_reference, _by_teacher):
+        for part, told in zip(rows, columns, strict=True):
+            if stop():
+                raise Interrupted
+            told |= read(run, part, extras, told)
     scored: dict[int, Rollout] = {}
-    for chosen in parts_of_round(config, round_):
-        if stop():
-            raise Interrupted
-        members = [rollouts[index] for index in chosen]
-        rows = rows_of(members, run.width)
-        placed = jax.device_put(rows, batch_sharding(run.mesh))
-        old = score(run.state.params, placed)
-        columns: dict[str, Any] = {}
-        if "again" in extras:
-            columns["again_logprobs"] = _again(run, rows, score)
-        if "reference" in extras:
-            columns["reference_logprobs"] = score(run.base[1], placed)
-        if "student_topk" in extras:
-            score_student = make_topk_scorer(
-                run.model, k=config.loss.student_k, temperature=temperature, usable=usable
-            )
-            score_ids = make_ids_scorer(teacher_config, temperature=temperature)
-            student = score_student(run.state.params, placed)
-            columns |= {
-                "student_topk_ids": student.ids,
-                "student_topk_logprobs": student.logprobs,
-                "student_topk_teacher_logprobs": score_ids(teacher, placed, student.ids),
-            }
-        old, signal, columns = jax.device_get((old, score_teacher(teacher, placed), columns))
-        told = attach(members, rows, old, signal, **columns)
-        scored.update(zip(chosen.tolist(), told, strict=True))
+    for chosen, part, told in zip(parts, rows, columns, strict=True):
+        rounded = attach([rollouts[index] for index in chosen], part, **told)
+        scored.update(zip(chosen.tolist(), rounded, strict=True))
     in_order = [scored[index] for index in range(len(rollouts))]
-    run.scored.append(in_order)
-    run.scored.seal(
-        round_, extras=sorted(extras), mismatch=mismatch(in_order), null_drift=null_drift(in_order)
+    if is_first():
+        run.scored.append(in_order)
+        run.scored.seal(
+            round_, extras=sorted(extras), mismatch=mismatch(in_order), null_drift=null_drift(in_order)
+        )
+    wait_for_all(f"scored {round_}")
+
+
+def _by_policy(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+    """What the policy that sampled says of its own tokens."""
+    run.make_room("policy")
+    temperature = run.config.sampling.temperature
+    score, placed = make_scorer(run.model, temperature=temperature), on_mesh(rows, run.mesh)
+    found: dict[str, Any] = {"old": score(run.policy, placed)}
+    if "again" in extras:
+        found["again_logprobs"] = _again(run, rows, score)
+    if "student_topk" in extras:
+        score_topk = make_topk_scorer(
+            run.model, k=run.config.loss.student_k, temperature=temperature, usable=_usable(run)
+        )
+        student = score_topk(run.policy, placed)
+        found |= {"student_topk_ids": student.ids, "student_topk_logprobs": student.logprobs}
+    return jax.device_get(found)
+
+
+def _by_reference(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+    """What the student before training says of them."""
+    if "reference" not in extras:
+        return {}
+    run.make_room("base")
+    score = make_scorer(run.model, temperature=run.config.sampling.temperature)
+    return {"reference_logprobs": jax.device_get(score(run.base, on_mesh(rows, run.mesh)))}
+
+
+def _by_teacher(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's signal."""
+    run.make_room("teacher")
+    temperature, placed = run.config.sampling.temperature, on_mesh(rows, run.mesh)
+    score = make_topk_scorer(
+        run.teacher_model, k=run.config.loss.top_k, temperature=temperature, usable=_usable(run)
     )
+    found: dict[str, Any] = {"teacher": score(run.teacher, placed)}
+    if "student_topk" in extras:
+        score_ids = make_ids_scorer(run.teacher_model, temperature=temperature)
+        ids = on_mesh(told["student_topk_ids"], run.mesh)
+        found["student_topk_teacher_logprobs"] = score_ids(run.teacher, placed, ids)
+    return jax.device_get(found)
+
+
+def _usable(run: Run) -> int:
+    """Only ids that every model knows and the tokenizer means something by."""
+    return min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
 
 
 def parts_of_round(config: Config, round_: int) -> list[np.ndarray]:
@@ -181,12 +216,7 @@ def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:
     size = count // 2 if count % 2 == 0 and (count // 2) % ways == 0 else count
     backwards = jax.tree.map(lambda x: x[::-1], rows)
     parts = [
-        score(
-            run.state.params,
-            jax.device_put(
-                jax.tree.map(lambda x, at=at: x[at : at + size], backwards), batch_sharding(run.mesh)
-            ),
-        )
+        score(run.policy, on_mesh(jax.tree.map(lambda x, at=at: x[at : at + size], backwards), run.mesh))
         for at in range(0, count, size)
     ]
     return np.concatenate(jax.device_get(parts))[::-1]

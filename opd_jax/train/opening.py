@@ -77,7 +77,9 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
     run = Run(folder, config)
     # All that a run needs is read before its folder is made: one that cannot begin leaves nothing.
     _ = run.base, run.teacher
-    vocabulary = min(run.usable, run.base[0].vocab_size, run.teacher[0].vocab_size)
+    if config.model.residency == "sequential":
+        del run.teacher
+    vocabulary = min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
     for name in ("top_k", "student_k"):
         if getattr(config.loss, name) > vocabulary:
             raise InputError(

@@ -15,31 +15,39 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 
 from opd_jax.config import Config
 from opd_jax.errors import InputError
-from opd_jax.files import sha256
-from opd_jax.model import Qwen3Config, load_pretrained, make_mesh
+from opd_jax.keys import stream
+from opd_jax.model import Qwen3Config, load_pretrained, make_mesh, param_shardings, parameter_table
+from opd_jax.model.config_json import read_model_config
+from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
+from opd_jax.model.parameters import Parameter
 from opd_jax.named import call_named, is_named
 from opd_jax.rollout.store import RolloutStore
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, read_problems, tokenizer_digest
 from opd_jax.tasks.problems import check_problems
-from opd_jax.train.checkpoint import Checkpoints, abstract
+from opd_jax.train.checkpoint import Checkpoints
+from opd_jax.train.computing import computed, row_width
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
+from opd_jax.train.identity import model_digest, problems_digest
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.optimizer import make_optimizer
-from opd_jax.train.step import TrainState, TrainStep, init_state, make_train_step, state_shardings
+from opd_jax.train.step import (
+    TrainState,
+    TrainStep,
+    abstract_state,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
 from opd_jax.types import Params
 
 
@@ -66,22 +74,42 @@ class Run:
         return _model_folder(self.config.model.teacher, "model.teacher")
 
     @functools.cached_property
-    def base(self) -> tuple[Qwen3Config, Params]:
-        """The student before training."""
-        return self._load(self.student_folder)
+    def model(self) -> Qwen3Config:
+        """Dimensions of the student."""
+        return computed(read_model_config(self.student_folder), self.config, self.mesh)
 
     @functools.cached_property
-    def teacher(self) -> tuple[Qwen3Config, Params]:
+    def teacher_model(self) -> Qwen3Config:
+        """Dimensions of the teacher."""
         if tokenizer_digest(load_tokenizer(self.teacher_folder)) != self.identity["tokenizer"]:
             raise InputError(
                 f"student and teacher must share one tokenizer: {self.student_folder} and "
                 f"{self.teacher_folder} do not; choose models of one family"
             )
-        return self._load(self.teacher_folder)
+        return computed(read_model_config(self.teacher_folder), self.config, self.mesh)
 
-    def _load(self, folder: Path) -> tuple[Qwen3Config, Params]:
-        config, params = load_pretrained(folder, mesh=self.mesh)
-        settings = self.config.model
+    @functools.cached_property
+    def base(self) -> Params:
+        """The student before training: where training starts, a reference, or what an adapter stands on."""
+        return self._load(self.student_folder, self.compute_dtype if self.lora else jnp.float32)
+
+    @functools.cached_property
+    def teacher(self) -> Params:
+        _ = self.teacher_model
+        return self._load(self.teacher_folder, self.compute_dtype)
+
+    @property
+    def compute_dtype(self) -> Any:
+        return jnp.dtype(self.config.model.compute_dtype)
+
+    @functools.cached_property
+    def lora(self) -> LoraConfig | None:
+        """What is trained in the student's place, if anything."""
+        lora = self.config.model.lora
+        return LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
+
+    def _load(self, folder: Path, dtype: Any) -> Params:
+        config, params = load_pretrained(folder, mesh=self.mesh, dtype=dtype)
         if self.usable > config.vocab_size:
             raise InputError(
                 f"a model must know every id of the tokenizer: {folder} has {config.vocab_size}, the "
@@ -93,18 +121,7 @@ class Run:
                     f"weights must be finite: {'.'.join(name)} of {folder} holds NaN or infinity; "
                     "restore them"
                 )
-        config = dataclasses.replace(
-            config,
-            compute_dtype=settings.compute_dtype,
-            head_chunk=settings.head_chunk,
-            remat=settings.remat,
-        )
-        return config, params
-
-    @property
-    def model(self) -> Qwen3Config:
-        """Dimensions of the student."""
-        return self.base[0]
+        return params
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -169,8 +186,42 @@ class Run:
         return make_optimizer(**dataclasses.asdict(self.config.optimizer))
 
     @functools.cached_property
+    def _table(self) -> dict[tuple[str, ...], Parameter]:
+        """The parameters that are trained: the student's, or its adapter's."""
+        return lora_table(self.model, self.lora) if self.lora else parameter_table(self.model)
+
+    @functools.cached_property
     def _shardings(self) -> TrainState:
-        return state_shardings(self.model, self.optimizer, self.base[1], self.mesh)
+        return state_shardings(self._table, self.optimizer, self.mesh)
+
+    @property
+    def frozen(self) -> Params:
+        """What the trained parameters are put on top of; nothing where all are trained."""
+        return self.base if self.lora else {}
+
+    @property
+    def policy(self) -> Params:
+        """The student as it is now."""
+        return on_top(self.frozen, self.state.params)
+
+    def make_room(self, whose: Literal["policy", "base", "teacher", "state"]) -> None:
+        """Under ``model.residency: sequential``, take everything else off the devices.
+
+        The base student and the teacher are read again from their folders when they are needed; the
+        state waits on the host.
+        """
+        if self.config.model.residency == "together":
+            return
+        student = whose in ("policy", "state")
+        for name in ("base", "teacher"):
+            if name != whose and not (name == "base" and self.lora and student):
+                vars(self).pop(name, None)
+        state, place = self.state, self._shardings
+        self.state = TrainState(
+            state.update,
+            _moved(state.params, place.params if student else None),
+            _moved(state.opt_state, place.opt_state if whose == "state" else None),
+        )
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
@@ -183,10 +234,8 @@ class Run:
         Raises:
           InputError: there is no state though the run has trained.
         """
-        # A copy: the step donates its state, and the base parameters are needed again.
-        fresh = init_state(jax.tree.map(jnp.copy, self.base[1]), self.optimizer)
         if self.checkpoints.latest is not None:
-            return self.checkpoints.restore(abstract(fresh, self._shardings))
+            return self.checkpoints.restore(abstract_state(self._table, self.optimizer, self._shardings))
         schedule, done = self.config.schedule, len(read_lines(self.metrics_file))
         # Before the first state is saved there is at most one round of updates.
         if done > schedule.updates_per_round or len(self.rollouts.rounds) > 1 + schedule.staleness:
@@ -194,22 +243,32 @@ class Run:
                 f"a run that has trained must have its state: {self.folder} has none in checkpoints after "
                 f"{done} updates; restore it, or start a new run folder"
             )
-        return jax.device_put(fresh, self._shardings)
+        if self.lora:
+            key = stream(self.config.seed, "adapter")
+            start = init_lora(self.model, self.lora, key)
+        else:
+            # The step donates its state, so a base student in memory is given up to it.
+            start = vars(self).pop("base", None) or self._load(self.student_folder, jnp.float32)
+        return jax.device_put(init_state(start, self.optimizer), self._shardings)
 
     @functools.cached_property
     def train_step(self) -> TrainStep:
         newline = newline_table(self.tokenizer, self.model.vocab_size)
-        return make_train_step(self.model, self.config, self.optimizer, newline, self._shardings, self.mesh)
+        frozen = param_shardings(self.model, self.mesh) if self.lora else {}
+        return make_train_step(
+            self.model, self.config, self.optimizer, newline, self._shardings, self.mesh, frozen
+        )
 
     @functools.cached_property
     def diagnose(self) -> Diagnose:
         newline = newline_table(self.tokenizer, self.model.vocab_size)
-        return make_diagnosis(self.model, self.config, newline, self._shardings.params, self.mesh)
+        frozen = param_shardings(self.model, self.mesh) if self.lora else {}
+        return make_diagnosis(self.model, self.config, newline, self._shardings.params, self.mesh, frozen)
 
     @property
     def width(self) -> int:
         """T: positions in a row, one number for the whole run so that every program compiles once."""
-        return self.config.sampling.max_prompt + self.config.sampling.max_response - 1
+        return row_width(self.config.sampling, self.mesh.devices.flat[0].platform)
 
     @property
     def metrics_file(self) -> Path:
@@ -218,6 +277,11 @@ class Run:
     @property
     def timings_file(self) -> Path:
         return self.folder / "timings.jsonl"
+
+
+def _moved(tree: Any, shardings: Any) -> Any:
+    """Arrays on the devices where ``shardings`` has them, or on the host."""
+    return jax.device_get(tree) if shardings is None else jax.device_put(tree, shardings)
 
 
 def _model_folder(source: str, name: str) -> Path:
@@ -240,25 +304,3 @@ def _problems(source: str, name: str) -> list[Problem]:
     problems = call_named(source, list)
     check_problems(problems, source)
     return problems
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256 over a model's config and weights: which student, which teacher."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
-
-
-def params_digest(params: Params) -> str:
-    """SHA-256 over parameters in memory: which policy, between which two updates."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()
-
-
-def problems_digest(problems: Sequence[Problem]) -> str:
-    """SHA-256 over problems in their order."""
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
-    return digest.hexdigest()

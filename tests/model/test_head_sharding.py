@@ -175,7 +175,7 @@ def test_rows_that_do_not_split_are_refused():
 
 @pytest.mark.parametrize("mapped", ["shard_map", "shard_map unchecked", "pmap"])
 def test_within_a_map_over_rows_it_is_each_devices_own(mapped):
-    """The matrix replicated, or known to be the same everywhere, and its gradient as the mean over devices."""
+    """The matrix replicated or known to be the same everywhere, its gradient as the mean over devices."""
     hidden, matrix, ids = arrays()
 
     def part(matrix, hidden, ids):

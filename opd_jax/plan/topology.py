@@ -1,0 +1,55 @@
+"""Devices to compile for: those at hand, or those of a TPU topology that nobody here owns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from opd_jax.errors import InputError
+
+GIB = 2**30
+# High-bandwidth memory of one device, by its kind (Google Cloud's TPU documentation). A TPU7x chip is two.
+_HBM = {
+    "TPU v4": 32 * GIB,
+    "TPU v5 lite": 16 * GIB,
+    "TPU v5": 95 * GIB,
+    "TPU v5p": 95 * GIB,
+    "TPU v6 lite": 32 * GIB,
+    "TPU7x": 96 * GIB,
+}
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of ``local``, or abstract ones of a TPU topology such as ``v5e:16x16``.
+
+    Abstract devices hold nothing and run nothing, but the TPU compiler compiles for them.
+
+    Raises:
+      InputError: there is no such topology, or the compiler is not installed.
+    """
+    if topology == "local":
+        return list(jax.devices())
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU's metadata server to ask
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the compiler's own kinds of errors
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"a topology must be local, or one that the TPU compiler knows: got {topology!r} ({reason}); "
+            "use v5e:16x16 or v5p:2x2x2, for example, and install the extra tpu"
+        ) from None
+    return list(found.devices)
+
+
+def memory_of(device: Any) -> int | None:
+    """Bytes of a device's own memory; None where it has none apart, as a CPU."""
+    if device.device_kind in _HBM:
+        return _HBM[device.device_kind]
+    if device.platform in ("cpu", "tpu"):
+        return None
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    return limit

@@ -1,0 +1,50 @@
+"""How a model of a run is computed: settings and devices turned into fields of its config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from opd_jax.config import Config, SamplingConfig
+from opd_jax.model import Qwen3Config
+from opd_jax.model.kernels import KernelChoice, choose_kernel
+
+FUSED = 128  # positions: fused kernels read rows in multiples of it
+
+
+def computed(model: Qwen3Config, config: Config, mesh: Mesh) -> Qwen3Config:
+    """The dimensions of a model, with how this run computes it on these devices."""
+    settings = config.model
+    return dataclasses.replace(
+        model,
+        compute_dtype=settings.compute_dtype,
+        head_chunk=settings.head_chunk,
+        remat=settings.remat,
+        attention=kernel_of(model, config, mesh).name,
+        lora_alpha=settings.lora.alpha,
+    )
+
+
+def kernel_of(model: Qwen3Config, config: Config, mesh: Mesh) -> KernelChoice:
+    """Which attention kernel computes rows of a run, and why.
+
+    Raises:
+      InputError: the one that ``model.attention`` names cannot.
+    """
+    device = mesh.devices.flat[0]
+    return choose_kernel(
+        config.model.attention,
+        platform=device.platform,
+        dtype=config.model.compute_dtype,
+        length=row_width(config.sampling, device.platform),
+        head_dim=model.head_dim,
+        packed=False,  # a row holds one rollout
+        compute_capability=getattr(device, "compute_capability", None),
+    )
+
+
+def row_width(sampling: SamplingConfig, platform: str) -> int:
+    """T: positions in a row that holds the longest prompt and response; rounded up where kernels ask it."""
+    width = sampling.max_prompt + sampling.max_response - 1
+    return width if platform == "cpu" else -(-width // FUSED) * FUSED

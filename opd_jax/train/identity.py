@@ -1,0 +1,57 @@
+"""Digests: which model, which policy, which problems."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from opd_jax.files import sha256
+from opd_jax.tasks import Problem
+from opd_jax.types import Params
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over a model's config and weights: which student, which teacher."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def params_digest(params: Params) -> str:
+    """A digest of parameters on their devices: which policy, between which two updates.
+
+    Every array is reduced to eight bytes where it lies, with whole numbers, whose sums come out the same
+    however the array is split; any changed bit changes them.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(traverse_util.flatten_dict(params).items()):
+        sums = np.asarray(_sums(leaf))
+        digest.update(f"{'.'.join(name)} {leaf.shape} {leaf.dtype} {sums.tolist()};".encode())
+    return digest.hexdigest()
+
+
+@functools.partial(jax.jit)
+def _sums(x: jax.Array) -> jax.Array:
+    """Two sums of an array's bits, each weighted by odd numbers that depend on the place."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16)
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = [(place * jnp.uint32(factor) + jnp.uint32(factor)) | 1 for factor in (0x9E3779B1, 0x85EBCA77)]
+    return jnp.stack([jnp.sum((bits ^ (bits >> 15)) * weight, dtype=jnp.uint32) for weight in mixed])
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 over problems in their order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
+    return digest.hexdigest()
