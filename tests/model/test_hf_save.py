@@ -171,12 +171,11 @@ def test_the_host_never_holds_the_model(tmp_path):
         head_dim=32,
         eos_token_id=0,
     )
-    params = jax.device_put(
-        init_params(config, jax.random.key(0)), param_shardings(config, make_mesh(1, 4, 2))
-    )
+    placed = param_shardings(config, make_mesh(1, 4, 2))
+    warm, params = (jax.device_put(init_params(config, jax.random.key(i)), placed) for i in range(2))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     layer = 4 * 256 * 512  # the largest matrix
-    save_pretrained(tmp_path, config, params)
+    save_pretrained(tmp_path, config, warm)
     tracemalloc.start()
     try:
         save_pretrained(tmp_path, config, params)

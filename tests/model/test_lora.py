@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from opd_jax.errors import InputError
-from opd_jax.model import forward, load_pretrained, parameter_table, save_pretrained
+from opd_jax.model import (
+    forward,
+    load_pretrained,
+    make_mesh,
+    param_shardings,
+    parameter_table,
+    save_pretrained,
+)
 from opd_jax.model import lora as lora_module
 from opd_jax.model.lora import (
     TARGETS,
@@ -103,19 +111,21 @@ def test_bfloat16_is_merged_in_float32(small, adapter):
 
 
 def test_sharded_weights_stay_where_they_are(small, adapter):
-    from opd_jax.model import make_mesh, param_shardings
-
+    """Whatever the adapter's own sharding would suggest."""
     config, params = small
-    placed = jax.device_put(params, param_shardings(config, make_mesh(1, 2, 2)))
-    merged, want = merge_lora(placed, adapter_on(placed, adapter), LORA), merge_lora(params, adapter, LORA)
-    for target in TARGETS:
+    mesh = make_mesh(1, 2, 2)
+    placed = jax.device_put(params, param_shardings(config, mesh))
+    elsewhere = {
+        "a": NamedSharding(mesh, PartitionSpec()),
+        "b": NamedSharding(mesh, PartitionSpec(None, None, "fsdp")),
+    }
+    lora = dataclasses.replace(LORA, targets=("query", "up", "down"))
+    spread = {target: jax.device_put(of(adapter, target), elsewhere) for target in lora.targets}
+    merged = merge_lora(placed, {"layers": {"lora": spread}}, lora)
+    want = merge_lora(params, adapter, lora)
+    for target in lora.targets:
         assert merged["layers"][target].sharding == placed["layers"][target].sharding
         np.testing.assert_allclose(merged["layers"][target], want["layers"][target], rtol=1e-6, atol=1e-6)
-
-
-def adapter_on(placed, adapter):
-    everywhere = jax.sharding.NamedSharding(placed["embed"].sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(adapter, everywhere)
 
 
 def test_a_merged_export_has_no_adapter_and_another_opinion(tmp_path, small, adapter):
