@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ class _Answer(NamedTuple):
     entropy: Array  # [B, T]
 
 
-ANSWER: Any = _Answer(IDS, IDS, EACH, EACH, EACH)
+ANSWER = _Answer._make((IDS, IDS, EACH, EACH, EACH))
 
 
 def read_head(
@@ -299,7 +299,7 @@ def _over_mesh(function: Callable[..., Any], takes: Any, gives: Any) -> Callable
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return functools.partial(function, _Axes())
-    axes = _Axes(*(_mesh_axes(name) for name in ("batch", "embed", "vocab")))
+    axes = _Axes(*(_mesh_axes(name, mesh.shape) for name in ("batch", "embed", "vocab")))
     ways = math.prod(mesh.shape[axis] for axis in axes.rows)
 
     def mapped(question: _Question, *arrays: Array) -> Any:
@@ -323,9 +323,10 @@ def _specs(axes: Any) -> Any:
     return jax.tree.map(lambda names: partition(*names), axes, is_leaf=is_axes)
 
 
-def _mesh_axes(name: str) -> tuple[str, ...]:
+def _mesh_axes(name: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is truly split over."""
     place = RULES[name]
-    return (place,) if isinstance(place, str) else place or ()
+    return tuple(axis for axis in ((place,) if isinstance(place, str) else place or ()) if sizes[axis] > 1)
 
 
 def _vary_alike(*arrays: Array) -> tuple[Array, ...]:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import InputError
-from opd_jax.model import Qwen3Config, init_params, make_mesh, param_shardings, readout, top_k_logprobs
+from opd_jax.model import Qwen3Config, init_params, make_mesh, param_shardings, readout
 from opd_jax.model.forward import logits
 from opd_jax.model.head import read_head
 from opd_jax.model.sharding import batch_sharding, partition
@@ -56,7 +56,8 @@ def program(request):
     places = tuple(jax.NamedSharding(mesh, partition(*axes)) for axes in names)
     with jax.set_mesh(mesh):
         given = jax.device_put(arrays(), places)
-        yield mesh, jax.jit(outcome).lower(*given).compile(), given
+        compiled = jax.jit(outcome).lower(*given).compile()
+    return mesh, compiled, given
 
 
 def test_every_mesh_says_the_same(program):
@@ -175,7 +176,7 @@ def test_rows_that_do_not_split_are_refused():
 
 @pytest.mark.parametrize("mapped", ["shard_map", "shard_map unchecked", "pmap"])
 def test_within_a_map_over_rows_it_is_each_devices_own(mapped):
-    """The matrix replicated or known to be the same everywhere, its gradient as the mean over devices."""
+    """Rows are split, the matrix is not, and its gradient is the mean over the devices."""
     hidden, matrix, ids = arrays()
 
     def part(matrix, hidden, ids):
@@ -205,57 +206,65 @@ def test_within_a_map_over_rows_it_is_each_devices_own(mapped):
     close(got, jax.jit(jax.value_and_grad(whole))(matrix))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request):
+@pytest.fixture(scope="module")
+def model():
     config = Qwen3Config(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=36,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=6,
-        tie_word_embeddings=request.param,
+        tie_word_embeddings=True,
         eos_token_id=0,
         head_chunk=16,
     )
-    return config, init_params(config, jax.random.key(1))
+    return config, jax.jit(lambda key: init_params(config, key))(jax.random.key(1))
 
 
-def test_a_whole_model_on_a_mesh(model):
+def test_a_whole_tied_model_on_a_mesh(model):
     """Value and every gradient; and no gather of a vocabulary with rows or positions in it."""
     config, params = model
     rng = np.random.default_rng(0)
-    rows = make_rows([rng.integers(V, size=3)] * B, [rng.integers(V, size=n) for n in range(1, 9)], 9)
-    ids = jnp.concatenate([rows.targets[..., None], rng.integers(V, size=(*rows.targets.shape, 2))], -1)
+    rows = make_rows([rng.integers(V, size=3)] * B, [rng.integers(V, size=n) for n in range(1, 9)], 11)
+    ids = np.concatenate([rows.targets[..., None], rng.integers(V, size=(*rows.targets.shape, 2))], -1)
 
     def loss(params, rows, ids):
         told = readout(params, rows, ids, config, temperature=1.2)
-        best = top_k_logprobs(params, rows, 4, config, temperature=1.2, usable=80)
-        value = jnp.sum(jnp.sin(told.logprobs) * rows.mask[..., None]) + jnp.sum(best.logprobs**2)
-        return value, (told, best)
+        return jnp.sum(jnp.sin(told.logprobs) * rows.mask[..., None]), told
 
     step = jax.value_and_grad(loss, has_aux=True)
-    (want, want_told), want_gradient = jax.jit(step)(params, rows, ids)
-    mesh = make_mesh(1, 2, 4) if config.tie_word_embeddings else make_mesh(2, 2, 2)
+    want, want_gradient = jax.jit(step)(params, rows, ids)
+    mesh = make_mesh(1, 2, 4)
     placed, batch = param_shardings(config, mesh), batch_sharding(mesh)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, in_shardings=(placed, batch, batch), out_shardings=(None, placed))
         given = jax.device_put(params, placed), *jax.device_put((rows, ids), batch)
         compiled = jitted.lower(*given).compile()
-        (got, got_told), got_gradient = compiled(*given)
-    np.testing.assert_array_equal(got_told[1].ids, want_told[1].ids)
-    close((got, got_told), (want, want_told))
+        got, got_gradient = compiled(*given)
+    close(got, want)
     close(got_gradient, want_gradient)
+    vocabulary, width = {V, V // 2, V // 4}, {D, D // 2}
     for name, shape in collectives(compiled.as_text().splitlines()):
-        if name == "all-gather" and set(shape) & {V, V // 2, V // 4}:
-            assert sorted(shape) in [sorted((D, V // mesh.shape["tensor"])), sorted((D, V))]
+        if name == "all-gather" and set(shape) & vocabulary:
+            assert set(shape) <= vocabulary | width, shape
 
 
-def test_the_sampler_draws_the_same_on_a_mesh(model):
-    """One position at a time, it takes the logits themselves."""
+def test_logits_of_single_positions_on_a_mesh(model):
+    """As the sampler reads them."""
     config, params = model
-    hidden = jax.random.normal(jax.random.key(2), (B, 1, D))
+    hidden = np.random.default_rng(2).normal(size=(B, 1, D)).astype(np.float32)
+    mesh, read = make_mesh(1, 2, 4), lambda p, h: logits(h, p, config)
+    placed = jax.device_put(params, param_shardings(config, mesh))
+    with jax.set_mesh(mesh):
+        got = jax.jit(read)(placed, hidden)
+    close(got, jax.jit(read)(params, hidden))
+
+
+@pytest.mark.slow
+def test_the_sampler_draws_the_same_on_a_mesh(model):
+    config, params = model
     sampler = make_sampler(
         config, slots=B, max_prompt=3, max_response=5, temperature=1.0, top_p=0.9, usable=80
     )
@@ -265,11 +274,9 @@ def test_the_sampler_draws_the_same_on_a_mesh(model):
         found = sample(sampler, params, wanted, jax.random.key(3), slots=B, max_prompt=3)
         return [(list(one.ids), one.logprobs) for one in found]
 
-    want, want_logits = drawn(params), logits(hidden, params, config)
-    mesh = make_mesh(1, 2, 4)
+    want, mesh = drawn(params), make_mesh(1, 2, 4)
     placed = jax.device_put(params, param_shardings(config, mesh))
     with jax.set_mesh(mesh):
-        close(jax.jit(lambda h, p: logits(h, p, config))(hidden, placed), want_logits)
         got = drawn(placed)
     assert [ids for ids, _ in got] == [ids for ids, _ in want]
     close([x for _, x in got], [x for _, x in want])

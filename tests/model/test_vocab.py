@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.errors import InputError
 from opd_jax.model import forward, readout, token_logprobs, top_k_logprobs
 from opd_jax.rollout import make_rows
 
@@ -77,3 +78,11 @@ def test_a_policy_compared_with_itself_agrees_to_the_bit(small, rows):
 
     (_, beside), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_array_equal(alone, beside)
+
+
+def test_more_likeliest_ids_than_may_be_chosen_are_refused(small, rows):
+    config, params = small
+    with pytest.raises(InputError, match=r"asked for 8 of 7; lower k"):
+        top_k_logprobs(params, rows, 8, config, usable=7)
+    with pytest.raises(InputError, match=r"asked for 41 of 40"):
+        top_k_logprobs(params, rows, 41, config, usable=50)
