@@ -58,6 +58,13 @@ def test_splash_equals_xla_packed_and_padded(interpreted, tiles, dtype, atol):
     np.testing.assert_array_equal(got[0], alone)  # the same forward pass, a gradient taken or not
 
 
+def test_splash_keeps_the_dtype_of_the_query(interpreted):
+    ids = rows_of([128], length=128)
+    compute = functools.partial(row_attention, sequence_ids=ids, kernel="splash")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert jax.eval_shape(compute, *arrays(1, 128, width=8, dtype=dtype)[:3]).dtype == dtype
+
+
 def test_splash_in_the_layers_of_a_sharded_model(interpreted):
     """Made while tracing, in a rematerialised scan, over batch and heads of a mesh."""
     ids = rows_of([70, 50], [128], [90], [3, 4, 5], length=128)
