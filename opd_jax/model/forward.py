@@ -56,7 +56,9 @@ def _layer(
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
     attended, left_behind = attend(query, key, value)
-    x = x + project(checkpoint_name(attended, "attended"), layer, "output", config)
+    if config.attention != "splash":  # which names what it keeps itself
+        attended = checkpoint_name(attended, "attended")
+    x = x + project(attended, layer, "output", config)
 
     h = rms_norm(x, layer["mlp_norm"], eps)
     routing = None
@@ -120,7 +122,7 @@ def _embed(params: Params, tokens: jax.Array, config: Qwen3Config) -> jax.Array:
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "full": jax.checkpoint,
     "attention": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended")
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended", "splash_attention")
     ),
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
