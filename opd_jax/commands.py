@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.files import write_text
 from opd_jax.interrupt import Stop
 from opd_jax.settings import config_file, load_config
 from opd_jax.study.demo import ARM_SETTINGS, demo
@@ -131,6 +133,24 @@ def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> 
     print(f"report: {write_report(arguments.runs, arguments.out)}")
 
 
+def _plan(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.plan.command import plan
+    from opd_jax.plan.report import as_json, as_table, fits
+
+    config = load_config(arguments.config, overrides)
+    student, teacher = arguments.model or config.model.student, arguments.teacher or config.model.teacher
+    programs, memory, about = plan(config, student, teacher, arguments.topology)
+    print(f"{student} <- {teacher}: {about}\n\n{as_table(config, programs, memory)}")
+    if arguments.json:
+        write_text(arguments.json, json.dumps(as_json(programs, memory), indent=1) + "\n")
+    if any(fits(program, memory) is False for program in programs):
+        raise InputError(
+            "a run must fit its devices: it does not; split weights further (mesh.fsdp, mesh.tensor), take "
+            "fewer rows at a time (schedule.microbatches, sampling.slots), or set model.residency to "
+            "sequential"
+        )
+
+
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     from opd_jax.lab.make import make  # loads what only this command needs
 
@@ -145,5 +165,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {
     "train": _part,
     "evaluate": _evaluate,
     "report": _report,
+    "plan": _plan,
     "lab": _lab,
 }

@@ -191,5 +191,17 @@ def check(config: Config) -> None:
         if count % ways:
             raise InputError(
                 f"rows must split evenly over the mesh: {name} has {count}, mesh.data x mesh.fsdp x "
-                f"mesh.expert is {ways}; use a multiple of {ways}"
+                f"mesh.expert is {ways}; use {_what_splits(config, name, count, ways)}"
             )
+
+
+def _what_splits(config: Config, name: str, count: int, ways: int) -> str:
+    """A mesh, and a round, that would do in the place of one whose rows do not split."""
+    fewer = math.gcd(count, ways)
+    mesh = f"a mesh that splits rows {fewer} ways, the rest on mesh.tensor"
+    if name != "a microbatch":
+        return f"a multiple of {ways}, or {mesh}"
+    parts = config.schedule.minibatches * config.schedule.microbatches
+    each = math.lcm(ways * parts, config.sampling.samples) // config.sampling.samples
+    prompts = each * max(1, -(-config.sampling.prompts // each))
+    return f"sampling.prompts {prompts}, or {mesh}"

@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
-ORDER = ["method", "model", "tasks", "rollout", "evaluate", "train", "study"]
+ORDER = ["method", "model", "tasks", "rollout", "evaluate", "train", "plan", "study"]
 # Single files that any folder may use.
-SHARED = {"types", "errors", "files", "keys", "named", "config", "settings", "backend", "interrupt"}
+SHARED = set("types errors files keys named config settings backend interrupt processes".split())
 
 
 def imported(file: Path) -> set[str]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
-from opd_jax.model.sharding import partition
+from opd_jax.model.sharding import in_mesh, partition
 
 
 def causal_mask(sequence_ids: jax.Array) -> jax.Array:
@@ -85,8 +84,7 @@ def row_attention(
 
 def _per_shard(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """``kernel`` over the shards of the mesh in context; as it stands where `constrain` does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if not in_mesh():
         return kernel
     queries = partition("batch", "length", "heads", "head_dim")
     keys = partition("batch", "length", "kv_heads", "head_dim")

@@ -31,6 +31,7 @@ class _Computation:
     own: Counter[str] = dataclasses.field(default_factory=Counter)  # kind -> bytes
     calls: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # callee, times
     constants: list[int] = dataclasses.field(default_factory=list)
+    conjunction: bool = False  # of a loop's condition: it may also end for another reason
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -64,6 +65,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             current = computations[head[2]] = _Computation()
             entry = head[2] if head[1] else entry
             continue
+        current.conjunction |= " and(" in line
         current.constants += [int(number) for number in _CONSTANT.findall(line)]
         collective = _COLLECTIVE.search(line)
         if collective:
@@ -77,8 +79,9 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             current.calls += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
     for caller, condition, body, known in loops:
         # A counted loop compares its counter with the one constant of its condition.
-        bounds = computations[condition].constants
-        caller.calls.append((body, known or (bounds[0] if len(bounds) == 1 else 1)))
+        ends = computations[condition]
+        counted = len(ends.constants) == 1 and not ends.conjunction
+        caller.calls.append((body, known or (ends.constants[0] if counted else 1)))
     return computations, entry
 
 

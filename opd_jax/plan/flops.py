@@ -13,9 +13,6 @@ from typing import Any
 
 import jax
 
-# FLOPs of a kernel call by the name it was given, from the shapes of its inputs.
-Kernel = Callable[[Any], int]
-
 
 def program_flops(function: Callable[..., Any], *args: Any) -> int:
     """Matrix-product FLOPs of one call over all devices; a multiply and an add are two.
@@ -80,5 +77,18 @@ def _ragged_dot_flops(equation: Any) -> int:
     return 2 * math.prod(left) * right[-1]  # [m, k] x [m, n] -> [E, k, n]
 
 
+# Matrix products over the scores of an attention kernel, by what its name begins with: the forward pass
+# makes scores and output; the backward passes make scores and their gradient again, and from them the
+# gradient of queries, or those of keys and values.
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
 def _attention_flops(equation: Any) -> int:
-    raise NotImplementedError(equation)
+    """``products * 2 B N (T^2 / 2) H``: a causal kernel leaves out what lies above the diagonal."""
+    name = str(equation.params["name"])
+    products = next((count for start, count in _PRODUCTS.items() if name.startswith(start)), None)
+    if products is None:
+        raise NotImplementedError(f"operations of the kernel {name} are not known; add them to _PRODUCTS")
+    shapes = [variable.aval.shape for variable in equation.invars]
+    batch, heads, length, width = max((shape for shape in shapes if len(shape) == 4), key=math.prod)
+    return products * batch * heads * length * length * width

@@ -1,0 +1,48 @@
+"""``opd plan``: what a run will take of devices, before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from opd_jax.config import Config
+from opd_jax.errors import InputError
+from opd_jax.model import Qwen3Config, make_mesh, preset
+from opd_jax.model.config_json import read_model_config
+from opd_jax.model.presets import PRESETS
+from opd_jax.named import call_named, is_named
+from opd_jax.plan.programs import Program, compile_programs
+from opd_jax.plan.topology import devices_of, memory_of
+from opd_jax.train.computing import computed, kernel_of
+
+
+def model_of(source: str, name: str) -> Qwen3Config:
+    """The dimensions of a published size or of a checkpoint folder; no weights are read."""
+    if source.lower() in PRESETS:
+        return preset(source)
+    folder = Path(str(call_named(source, (str, Path))) if source and is_named(source) else source)
+    if not source or not (folder / "config.json").is_file():
+        raise InputError(
+            f"{name} must be a published size or a checkpoint folder: got {source!r}; name a folder, or one "
+            f"of {', '.join(PRESETS)}"
+        )
+    return read_model_config(folder)
+
+
+def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[list[Program], int | None, str]:
+    """Compile a run for a topology.
+
+    Returns:
+      The programs, the memory of one device where it is known, and a line on devices and kernel.
+
+    Raises:
+      InputError: the mesh is larger than the topology, or the settings do not fit each other.
+    """
+    devices = devices_of(topology)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    models = model_of(student, "--model"), model_of(teacher, "--teacher")
+    kernel = kernel_of(models[0], config, mesh)
+    programs = compile_programs(config, *(computed(model, config, mesh) for model in models), mesh)
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    about = f"{mesh.size} of {len(devices)} devices, {devices[0].device_kind}, {shape}; {kernel}"
+    return programs, memory_of(devices[0]), about

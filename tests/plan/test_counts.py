@@ -1,0 +1,108 @@
+"""Operations and traffic of programs, against programs whose loops are written out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from opd_jax.model import init_params, make_mesh, token_logprobs
+from opd_jax.plan.collectives import collective_bytes
+from opd_jax.plan.flops import program_flops
+from opd_jax.types import Rows
+from tests.model.test_sharding import DENSE
+
+
+def abstract(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_product_by_hand():
+    # [3, 4] x [4, 5]: 60 multiplies and 60 adds; batched twice as many.
+    assert program_flops(lambda a, b: a @ b, abstract(3, 4), abstract(4, 5)) == 120
+    assert program_flops(jnp.matmul, abstract(2, 3, 4), abstract(2, 4, 5)) == 240
+
+
+def test_a_scan_counts_as_often_as_it_runs_and_remat_counts_again():
+    def scanned(x, w):
+        body = jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None))
+        return jnp.sum(jax.lax.scan(body, x, w)[0])
+
+    def unrolled(x, w):
+        for layer in w:
+            x = jnp.sin(x @ layer)
+        return jnp.sum(x)
+
+    x, w = abstract(2, 8), abstract(5, 8, 8)
+    assert program_flops(scanned, x, w) == program_flops(unrolled, x, w) == 5 * 2 * 2 * 8 * 8
+    # Forward, forward again, and two products backward in each of five layers.
+    assert program_flops(jax.grad(scanned, (0, 1)), x, w) == 4 * 5 * 256
+
+
+def test_a_sharded_program_counts_all_its_devices():
+    mesh = make_mesh(2, 2, 2)
+
+    def on_device(x, w):
+        return jax.lax.psum(x @ w, "tensor")
+
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            on_device, in_specs=(P(("data", "fsdp"), "tensor"), P("tensor")), out_specs=P(("data", "fsdp"))
+        )
+        assert program_flops(mapped, abstract(8, 6), abstract(6, 4)) == 2 * 8 * 6 * 4
+
+
+def test_products_of_the_model_are_those_that_the_compiler_counts():
+    """On one layer and one chunk, which the compiler counts whole; it counts what is no product, too."""
+    config = dataclasses.replace(
+        DENSE, num_hidden_layers=1, remat="none", head_chunk=1000, hidden_size=96, vocab_size=400
+    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    ids = abstract(2, 32, dtype=jnp.int32)
+    rows = Rows(ids, ids, abstract(2, 32, dtype=jnp.bool_), ids, ids)
+
+    def loss(params, rows):
+        return jnp.sum(jnp.sin(token_logprobs(params, rows, config)))
+
+    step = jax.jit(jax.grad(loss))
+    ours = program_flops(step, params, rows)
+    theirs = step.lower(params, rows).compile().cost_analysis()["flops"]
+    assert 0.9 * theirs < ours < theirs
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_traffic_of_a_loop_is_that_of_the_loop_written_out(layers):
+    mesh = make_mesh(1, 4, 2)
+
+    def body(x, w):
+        w = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
+        return jax.lax.psum(jnp.sin(x @ w), "tensor"), None
+
+    def scanned(x, w):
+        return jax.lax.scan(body, x, w)[0]
+
+    def unrolled(x, w):
+        for layer in range(layers):
+            x, _ = body(x, w[layer])
+        return x
+
+    counts = []
+    with jax.set_mesh(mesh):
+        for function in (scanned, unrolled):
+            mapped = jax.jit(
+                jax.shard_map(
+                    function, in_specs=(P("fsdp"), P(None, "fsdp")), out_specs=P("fsdp"), check_vma=False
+                )
+            )
+            x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+            w = jax.ShapeDtypeStruct(
+                (layers, 8, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp"))
+            )
+            counts.append(collective_bytes(mapped.lower(x, w).compile().as_text()))
+    # Of 8 x 8 floats each of four devices lacks three quarters; of a sum over two, each half goes twice.
+    want = {"all-gather": layers * 8 * 8 * 4 * 3 // 4, "all-reduce": layers * 2 * (2 * 8 * 4) // 2}
+    assert counts == [want, want]
