@@ -86,8 +86,8 @@ class Peaks:
         self.sample()
 
 
-def load(folder: Path, name: str, process: int, port: int) -> None:
-    """Load in this process and print the peaks."""
+def load(folder: Path, name: str, process: int, port: int) -> dict:
+    """Load in this process and tell the peaks."""
     shape, processes = LOADS[name]
     if shape:
         jax.config.update("jax_num_cpu_devices", math.prod(shape) // processes)
@@ -99,42 +99,38 @@ def load(folder: Path, name: str, process: int, port: int) -> None:
     with Peaks() as peaks:
         config, params = load_pretrained(folder, mesh=mesh, dtype=jnp.bfloat16)
     weights = [2 * math.prod(parameter.shape) for parameter in parameter_table(config).values()]
-    print(
-        json.dumps(
-            {
-                "load": name,
-                "process": process,
-                "checkpoint_bytes": sum(weights),
-                "largest_parameter_bytes": max(weights),
-                "anonymous_growth_bytes": peaks.anonymous,
-                "anonymous_growth_over_checkpoint": round(peaks.anonymous / sum(weights), 3),
-                "device_share_bytes": max(device_bytes().values()),
-                "device_peak_bytes": peaks.device,
-                "seconds": round(time.monotonic() - began, 1),
-            }
-        )
-    )
-    jax.block_until_ready(params)
+    share = max(device_bytes().values())
+    del params
+    return {
+        "load": name,
+        "process": process,
+        "checkpoint_bytes": sum(weights),
+        "largest_parameter_bytes": max(weights),
+        "anonymous_growth_bytes": peaks.anonymous,
+        "anonymous_growth_over_checkpoint": round(peaks.anonymous / sum(weights), 3),
+        "device_share_bytes": share,
+        "device_peak_bytes": peaks.device,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def measure(folder: Path, name: str) -> list[dict]:
-    """Load in processes of their own; returns what each of them printed."""
+    """Load in processes of their own; returns what each of them saw."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--load", name, "--folder", str(folder), "--port", str(port)]
-    children = [
-        subprocess.Popen(
-            [*command, "--process", str(process)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for process in range(LOADS[name][1])
-    ]
-    lines = [child.communicate()[0] for child in children]
-    for child in children:
-        if child.returncode:
-            raise SystemExit(f"loading ({name}) ended with {child.returncode}")
-    return [json.loads(line.splitlines()[-1]) for line in lines]
+    with tempfile.TemporaryDirectory() as temporary:
+        outs = [Path(temporary) / str(process) for process in range(LOADS[name][1])]
+        children = [
+            subprocess.Popen([*command, "--process", str(process), "--out", str(out)], env=environment)
+            for process, out in enumerate(outs)
+        ]
+        for child in children:
+            if child.wait():
+                raise SystemExit(f"loading ({name}) ended with {child.returncode}")
+        return [json.loads(out.read_text()) for out in outs]
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -149,9 +145,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a checkpoint to load instead of one made here")
     parser.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.load:
-        load(given.folder, given.load, given.process, given.port)
+        told = load(given.folder, given.load, given.process, given.port)
+        given.out.write_text(json.dumps(told))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary) / MODEL

@@ -322,19 +322,15 @@ def test_two_processes_read_a_half_each_and_write_one_folder(tmp_path, small):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.model.two_processes"]
-    children = [
-        subprocess.Popen(
-            [*command, process, port, tmp_path / "one", tmp_path / "two"], stdout=subprocess.PIPE, text=True
-        )
-        for process in "01"
-    ]
-    told = [json.loads(child.communicate(timeout=200)[0].splitlines()[-1]) for child in children]
-    assert [child.returncode for child in children] == [0, 0]
+    command = [sys.executable, "-m", "tests.model.two_processes", port, tmp_path / "one", tmp_path / "two"]
+    outs = [tmp_path / "told-0", tmp_path / "told-1"]
+    children = [subprocess.Popen([*command, str(process), out]) for process, out in enumerate(outs)]
+    assert [child.wait(timeout=200) for child in children] == [0, 0]
+    told = [json.loads(out.read_text()) for out in outs]
     assert same(load_pretrained(tmp_path / "two", dtype=jnp.bfloat16)[1], params)
     assert len(list((tmp_path / "two").glob("*.safetensors"))) > 2
     assert (tmp_path / "two" / "tokenizer.json").exists()
-    assert names_in(tmp_path) == ["one", "two"]
+    assert names_in(tmp_path) == ["one", "told-0", "told-1", "two"]
     sharded = sum(leaf.size for leaf in jax.tree.leaves(params)) - told[0]["replicated"]
     # fsdp over both processes, tensor within each: every sharded number is read by one of the two.
     assert [each["read"] - each["replicated"] for each in told] == [sharded // 2, sharded // 2]
