@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from opd_jax.config import Config
 from opd_jax.method import (
     drift,
-    drift_weights,
     masked_sum,
     readings,
     segment_score,
@@ -27,7 +26,7 @@ from opd_jax.model.sharding import batch_sharding, replicated
 from opd_jax.model.vocab import top_k_logprobs
 from opd_jax.train.choices import SEGMENTS
 from opd_jax.train.gradient import gradient_of
-from opd_jax.train.microbatches import gradient_in_parts, join, split
+from opd_jax.train.microbatches import fields_in_parts, gradient_in_parts, join, split, weights_of
 from opd_jax.types import Batch, Params
 
 Array = jax.Array
@@ -76,7 +75,8 @@ def make_diagnosis(
             "topk_overlap": topk_overlap(ids, signal.support_ids, rows.mask),
         }
         if signal.again is not None:
-            sums |= _null(batch, config, newline)
+            fields = fields_in_parts(params, batch, update, config, model, newline)
+            sums |= null_readings(batch, config, fields, newline)
         return sums, structure_sums(told.drift, rows.mask, sequence_ids=rows.sequence_ids)
 
     return jax.jit(
@@ -86,8 +86,13 @@ def make_diagnosis(
     )
 
 
-def _null(batch: Batch, config: Config, newline: Array) -> dict[str, tuple[Array, Array]]:
-    """The drift gate with no update between `old` and `cur`: what rounding alone does to it."""
+def null_readings(
+    batch: Batch, config: Config, fields: dict[str, Any], newline: Array
+) -> dict[str, tuple[Array, Array]]:
+    """The gate that the config asks for, with no update between `old` and `cur`: what rounding does to it.
+
+    What a weight reads besides these two is that of the student as it is.
+    """
     rows, signal, gate = batch.rows, batch.signal, config.gate
     d = drift(signal.again, signal.old, rows.mask)
     one = jnp.ones(())
@@ -95,25 +100,18 @@ def _null(batch: Batch, config: Config, newline: Array) -> dict[str, tuple[Array
         "null_drift_abs": masked_sum(jnp.abs(d), rows.mask),
         "null_drift_max": (jnp.max(jnp.abs(d)), one),
     }
-    if gate.segments == "none":
+    if gate.segments == "none" and not config.weights.members:
         return sums
-    segments = SEGMENTS[gate.segments](rows, gate, newline, d)
-    score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
-    _, w = drift_weights(
-        signal.again,
-        signal.old,
-        rows.mask,
-        segments,
-        tau=gate.tau,
-        statistic=gate.statistic,
-        map=gate.map,
-        floor=gate.floor,
-        scope=gate.scope,
-        sequence_ids=rows.sequence_ids,
-        eps=gate.eps,
-    )
+    segments = None
+    if gate.segments != "none":
+        segments = SEGMENTS[gate.segments](rows, gate, newline, d)
+        score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
+        sums["null_score"] = masked_sum(jnp.abs(score), rows.mask)
+    still = {**fields, "cur": signal.again, "segments": segments}
+    if "old_on_support" in fields:
+        still["cur_on_support"] = fields["old_on_support"]
+    _, w = weights_of(config, still, config.schedule.microbatches)
     return sums | {
-        "null_score": masked_sum(jnp.abs(score), rows.mask),
         "null_weight_min": (jnp.min(jnp.where(rows.mask, w, jnp.inf)), one),
         "null_weight_max": (jnp.max(w), one),
     }

@@ -52,7 +52,6 @@ def read_fields(
         "student_logits_on_support": student.logits[..., on_support],
         "student_logprobs_on_support": student.logprobs[..., on_support],
         "teacher_logprobs_on_support": signal.support_logprobs,
-        "teacher_ids": signal.support_ids,
         "reward": signal.reward,
         "group": signal.group,
         "staleness": signal.staleness,
@@ -63,6 +62,8 @@ def read_fields(
     if signal.student_ids is not None:
         fields |= {
             "student_ids": signal.student_ids,
+            # Best first, so that the two sets of an overlap are of one size.
+            "teacher_ids": signal.support_ids[..., : signal.student_ids.shape[-1]],
             "cur_on_support": student.logprobs[..., on_support.stop :],
             "old_on_support": signal.student_old,
             "tea_on_support": signal.student_teacher,
@@ -74,8 +75,20 @@ def read_fields(
     return {name: value for name, value in fields.items() if value is not None or name == "segments"}
 
 
-def drawn_fields(config: Config, update: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-    """What is drawn anew for every update, from the seed and its number alone."""
+def drawn_fields(
+    config: Config, update: Array, shape: tuple[int, int], axis_name: str | None = None
+) -> dict[str, Array]:
+    """What is drawn anew for every update, from the seed and its number alone.
+
+    ``shape`` is that of the rows given; under shard_map or pmap they are one device's part of a batch
+    that is drawn for as a whole.
+    """
     key = jax.random.fold_in(jax.random.key(derived_seed(config.seed, "update")), update)
     shuffle, noise = jax.random.split(key)
-    return {"step": update, "key": shuffle, "noise": jax.random.uniform(noise, shape)}
+    if axis_name is None:
+        drawn = jax.random.uniform(noise, shape)
+    else:
+        rows, width = shape
+        whole = jax.random.uniform(noise, (rows * jax.lax.axis_size(axis_name), width))
+        drawn = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis_name) * rows, rows)
+    return {"step": update, "key": shuffle, "noise": drawn}

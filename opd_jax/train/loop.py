@@ -6,6 +6,7 @@ between them lies on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
+from opd_jax.method import special_tokens_out
 from opd_jax.model import save_pretrained
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import copy_tokenizer
@@ -25,6 +29,7 @@ from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
 from opd_jax.train.run import Run
+from opd_jax.types import Rows
 
 Report = Callable[[dict], None]  # called after every update with its line of metrics
 
@@ -113,11 +118,12 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         pass_, minibatch = divmod(position, schedule.minibatches)
         members = [rollouts[index] for index in plan[minibatch]]
         batch = batch_of(members, run.width, staleness=staleness, old_source=config.loss.old_source)
+        counted = dataclasses.replace(batch, rows=counted_rows(run, batch.rows))
         line: dict[str, Any] = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
-        if config.log.diagnose_every and update % config.log.diagnose_every == 0:
-            told = run.diagnose(run.state.params, batch, run.state.update)
+        if is_diagnosed(config, update):
+            told = run.diagnose(run.state.params, counted, run.state.update)
             line["diagnosis"] = diagnosis(told)
-        run.state, readings = run.train_step(run.state, batch)
+        run.state, readings = run.train_step(run.state, counted)
         line |= as_line(readings)
         _check_finite(run, line)
         append_line(run.metrics_file, line)
@@ -127,6 +133,36 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
         write_tokens(path, members[:keep], batch.rows.mask, readings)
     run.checkpoints.save(run.state)
+
+
+def is_diagnosed(config: Config, update: int) -> bool:
+    """True at the last update of a round that has a multiple of ``log.diagnose_every`` among its updates.
+
+    That is where drift is largest; at a round's first update there is none to diagnose.
+    """
+    every, in_round = config.log.diagnose_every, config.schedule.updates_per_round
+    return every > 0 and (update + 1) % in_round == 0 and update % every < in_round
+
+
+def counted_rows(run: Run, rows: Rows) -> Rows:
+    """Rows whose mask holds what is trained on: with ``loss.special_tokens``, not all of the response."""
+    special = run.config.loss.special_tokens
+    if special == "keep":
+        return rows
+    mask = special_tokens_out(
+        rows.targets,
+        rows.mask,
+        special_ids(run),
+        first_only=special == "first_out",
+        sequence_ids=rows.sequence_ids,
+    )
+    return dataclasses.replace(rows, mask=np.asarray(mask))
+
+
+def special_ids(run: Run) -> tuple[int, ...]:
+    """Ids of the tokenizer's special tokens but for those that end a response: stopping is trained."""
+    ends = {run.tokenizer.eos_token_id, run.model.eos_token_id}
+    return tuple(sorted(set(run.tokenizer.all_special_ids) - ends))
 
 
 def check_extras(run: Run, round_: int) -> None:

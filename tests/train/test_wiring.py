@@ -27,7 +27,7 @@ def scored(tmp_path_factory):
     config = tiny_config(
         f"--sampling.temperature={TEMPERATURE}",
         "--schedule.rounds=1",
-        "--weights.members=[prune]",
+        "--gate.control=oracle",
         "--log.diagnose_every=10",
         "--loss.top_k=1",
     )
