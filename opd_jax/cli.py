@@ -13,6 +13,7 @@ from typing import NoReturn
 from opd_jax.backend import sum_in_one_order
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
+from opd_jax.processes import join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -25,7 +26,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="opd", description="Drift-gated on-policy distillation.")
+    parser = _Parser(
+        prog="opd",
+        description="Drift-gated on-policy distillation.",
+        epilog="--distributed joins the other processes of the cluster; see opd_jax/processes.py",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_: str, *, settings: str = "gate.block 32") -> argparse.ArgumentParser:
@@ -94,12 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signal() as stop:
             words, settings = split_settings(argv)
-            arguments = _parser().parse_args(words)
+            asked_for_many = "--distributed" in words
+            arguments = _parser().parse_args([word for word in words if word != "--distributed"])
             if settings and arguments.command in ("report", "lab"):
                 raise InputError(
                     f"opd {arguments.command} takes no settings: got {' '.join(settings)}; drop them"
                 )
-            _run(arguments, settings, stop)
+            _run(arguments, settings, stop, asked_for_many)
     except (Interrupted, KeyboardInterrupt):
         # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
         print(f"\nopd: interrupted; {_again(argv)}", file=sys.stderr)
@@ -127,12 +133,13 @@ def _again(argv: Sequence[str]) -> str:
     return f"go on with: {program} {shlex.join(argv)}"
 
 
-def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop) -> None:
+def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop, asked_for_many: bool) -> None:
     # Three processes a round compile the same programs; the cache makes the later ones start at once.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     sum_in_one_order()
+    join(asked_for_many)
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
 

@@ -85,14 +85,14 @@ class LossConfig:
     clip_high: float = 0.2
     dual_clip: float = 3.0
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
+    special_tokens: Literal["keep", "first_out", "all_out"] = "keep"  # out of the mask; EOS stays in it
     old_source: Literal["trainer", "sampler"] = "trainer"  # whose log-probs are `old`; see rollout.score
     top_k: int = 32  # teacher ids stored with every token; the support of teacher_topk
     student_k: int = 16  # student ids stored where something asks for them; the support of student_topk
-    sign_tau: float | None = None  # nats, of sign_gated; not printed, must be set
-    extrapolation: float = 1.8  # of sign_gated
+    extrapolation: float = 1.8  # of sign_gated, which goes with weights.members=[sg_opd]
     conflict: float = 1.0
     alpha: float = 1.0  # of entropy_aware
-    entropy_threshold: float = 0.8  # nats
+    entropy_threshold: float = 0.8  # nats, of the teacher
     kl_weight: float | None = None  # of reference_kl; not printed, must be set
 
 
@@ -112,8 +112,8 @@ class GateConfig:
     statistic: Literal["signed_mean", "mean_abs", "rms", "positive", "negative"] = "signed_mean"
     map: Literal["exp", "clipped_exp", "hard"] = "exp"
     floor: float = 0.1  # of clipped_exp
-    scope: Literal["none", "sequence", "minibatch"] = "minibatch"  # not printed
-    eps: float = 1e-8  # of the normaliser; not printed
+    scope: Literal["none", "sequence", "microbatch", "minibatch"] = "minibatch"  # not printed
+    eps: float = 0.0  # of the normaliser; not printed
     clip: tuple[float, float] | None = None  # bounds of the weights, mean one kept
     residual: float = 1.0  # share of the gate; 0 is no gate
     control: Literal[
@@ -134,7 +134,7 @@ class WeightsConfig:
     """Weights that multiply the gate before it is normalised: `opd_jax.method.weights`."""
 
     members: tuple[
-        Literal["token_is", "tip", "prune", "iw_opd", "popd", "fire_opd", "scope_opd", "f_opd"], ...
+        Literal["token_is", "tip", "prune", "iw_opd", "sg_opd", "popd", "fire_opd", "scope_opd", "f_opd"], ...
     ] = ()
     ratio_twice: bool = False  # allow token_is with a surrogate that holds the ratio already
     token_is_low: float = 0.0
@@ -145,6 +145,7 @@ class WeightsConfig:
     prune_drop: float = 0.01
     prune_base: float = 0.5
     iw_opd_largest: float = 1.5
+    sg_opd_tau: float | None = None  # nats; not printed, must be set
     popd_start: int | None = None  # tokens; not printed, must be set
     popd_growth: int | None = None
     popd_every: int | None = None  # updates
@@ -208,7 +209,9 @@ class LogConfig:
     """What is kept for the report beyond one line per update."""
 
     rows: int = 4  # rollouts whose tokens are kept with drift and weight, at a round's last update
-    diagnose_every: int = 10  # updates between costly readings (a second backward pass); 0 for never
+    # Updates between costly readings (a second backward pass), 0 for never. They are taken before the last
+    # update of a round, where drift is largest, if a multiple of this lies among the round's updates.
+    diagnose_every: int = 10
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 from opd_jax.errors import InputError
 
-ASKED = "OPD_PROCESSES"  # environment: how many processes a run is made of; 0 finds out from the cluster
+ASKED = "OPD_PROCESSES"  # environment: how many processes a run is made of
 
 
 def join(asked: bool) -> None:
     """Join the other processes of this run, if it was asked to be many.
 
-    It is asked by the flag ``--processes-from-cluster`` or by the environment: ``OPD_PROCESSES`` processes,
-    of which this one is ``OPD_PROCESS`` (from 0), meet at ``OPD_COORDINATOR`` (host:port of the first). With
-    ``OPD_PROCESSES=0``, or the flag, jax asks the cluster (TPU pods, Slurm, Open MPI, Kubernetes).
+    The flag ``--distributed`` asks for as many as the cluster says there are (TPU pods, Slurm, Open MPI,
+    Kubernetes). The environment says it where no cluster does: ``OPD_PROCESSES`` processes, of which this
+    one is ``OPD_PROCESS`` (from 0), meet at ``OPD_COORDINATOR`` (host:port of the first).
 
     Raises:
       InputError: the others cannot be found. A run that was asked to be many never goes on alone.

@@ -129,7 +129,7 @@ def save_config(config: Config, path: Path) -> None:
 # Numbers by the range they must lie in; a setting that is None is left alone.
 POSITIVE = (
     "model.head_chunk sampling.prompts sampling.samples sampling.max_prompt sampling.max_response "
-    "sampling.slots sampling.temperature loss.top_k loss.student_k loss.dual_clip loss.sign_tau "
+    "sampling.slots sampling.temperature loss.top_k loss.student_k loss.dual_clip weights.sg_opd_tau "
     "gate.block gate.span_minimum gate.span_chunk gate.cusum_limit optimizer.learning_rate "
     "optimizer.clip_norm optimizer.eps schedule.rounds schedule.passes schedule.minibatches "
     "schedule.microbatches mesh.data mesh.fsdp mesh.tensor mesh.expert evaluation.samples "
@@ -138,14 +138,16 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed evaluation.seed gate.tau gate.eps gate.cusum_slack schedule.staleness log.rows "
     "log.diagnose_every optimizer.weight_decay loss.clip_low loss.clip_high loss.alpha "
-    "loss.kl_weight loss.conflict weights.token_is_low weights.popd_start weights.popd_growth "
-    "weights.prune_drop weights.prune_base weights.f_opd_rate weights.f_opd_threshold"
+    "loss.kl_weight loss.conflict loss.entropy_threshold weights.token_is_low weights.popd_start "
+    "weights.popd_growth weights.prune_drop weights.prune_base weights.f_opd_rate weights.f_opd_threshold "
+    "weights.iw_opd_largest weights.fire_opd_teacher_share weights.fire_opd_student_share"
 ).split()
 # Above 0 and at most 1; from 0 to 1.
 SHARES = "sampling.top_p evaluation.top_p gate.floor gate.target_ratio weights.tip_keep".split()
 PARTS = (
-    "optimizer.b1 optimizer.b2 gate.residual weights.fire_opd_drop weights.prune_overlap".split()
-)  # [0, 1]
+    "optimizer.b1 optimizer.b2 gate.residual weights.fire_opd_drop weights.prune_overlap "
+    "weights.tip_clip_quantile"
+).split()
 
 
 def check(config: Config) -> None:
@@ -172,6 +174,12 @@ def check(config: Config) -> None:
     if gate.clip is not None and not 0 <= gate.clip[0] <= 1 <= gate.clip[1]:
         raise InputError(
             f"gate.clip must enclose the mean of one: got {list(gate.clip)}; use [0.5, 2], for example"
+        )
+    low, high = config.weights.token_is_low, config.weights.token_is_high
+    if low > high:
+        raise InputError(
+            f"weights.token_is_high must be at least weights.token_is_low: got {high} and {low}; raise "
+            "the one or lower the other"
         )
     rollouts = config.sampling.prompts * config.sampling.samples
     if rollouts % config.schedule.minibatches:

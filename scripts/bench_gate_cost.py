@@ -36,12 +36,12 @@ from opd_jax.train.loop import do_part
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
 from opd_jax.train.step import TrainState, apply_gradient, init_state
-from opd_jax.types import Batch
+from opd_jax.types import Batch, Params
 
 PAIRS = 30
 
 
-def bare_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+def bare_step(run: Run) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Any]]:
     """The loss averaged over tokens, its gradient and the update; no weights, no readings."""
     config, newline = (
         without_gate(run.config),
@@ -49,11 +49,11 @@ def bare_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]
     )
 
     def loss(params: Any, batch: Batch) -> Any:
-        fields = read_fields(params, batch, config, run.model, newline)
+        fields = read_fields(params, batch, config, run.model, newline, {})
         mask = fields["mask"]
         return weighted_loss(base_loss(config, fields), mask.astype(jnp.float32), mask)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+    def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Any]:
         value, gradient = jax.value_and_grad(loss)(state.params, batch)
         return apply_gradient(state, gradient, run.optimizer), value
 
@@ -68,20 +68,20 @@ def main(folder: Path) -> None:
     batch = jax.device_put(batch_of([rollouts[i] for i in minibatch_plan(run.config, 0)[0]], run.width))
 
     def fresh() -> TrainState:
-        return init_state(jax.tree.map(jnp.copy, run.base[1]), run.optimizer)
+        return init_state(jax.tree.map(jnp.copy, run.base), run.optimizer)
 
     states = {"bare": fresh(), "gated": fresh()}
     steps = {"bare": bare_step(run), "gated": run.train_step}
 
     def timed(name: str) -> float:
         began = time.perf_counter()
-        states[name], told = steps[name](states[name], batch)
+        states[name], told = steps[name](states[name], batch, {})
         jax.block_until_ready((states[name], told))
         return time.perf_counter() - began
 
     def diagnosed() -> float:
         began = time.perf_counter()
-        jax.block_until_ready(run.diagnose(run.base[1], batch, jnp.zeros((), jnp.int32)))
+        jax.block_until_ready(run.diagnose(run.base, batch, jnp.zeros((), jnp.int32), {}))
         return time.perf_counter() - began
 
     with jax.set_mesh(run.mesh):

@@ -27,7 +27,6 @@ from opd_jax.method.diagnostics import (
 from opd_jax.method.divergences import full_kl_loss, jsd_loss
 from opd_jax.method.family import WEIGHTS, call, combine, needs
 from opd_jax.method.gates import (
-    EPS,
     MAPS,
     STATISTICS,
     drift,
@@ -76,15 +75,15 @@ from opd_jax.method.segments import (
     newline_spans,
     segment_largest,
     segment_total,
+    special_tokens_out,
     whole_sequence,
 )
 from opd_jax.method.sequence_weights import f_opd, fire_opd, scope_opd
 from opd_jax.method.structure import structure_readings, structure_sums
-from opd_jax.method.weights import iw_opd, popd, prune, tip, token_is
+from opd_jax.method.weights import iw_opd, popd, prune, sg_opd, tip, token_is
 
 __all__ = [
     "DRIFT_EDGES",
-    "EPS",
     "MAPS",
     "SCORE_EDGES",
     "STATISTICS",
@@ -145,10 +144,12 @@ __all__ = [
     "segment_largest",
     "segment_score",
     "segment_total",
+    "sg_opd",
     "share",
     "shuffled",
     "sign_gated_advantage",
     "sign_gated_loss",
+    "special_tokens_out",
     "stable_loss",
     "structure_readings",
     "structure_sums",

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.gates import EPS, drift_size, map_gate, masked
+from opd_jax.method.arithmetic import quotient
+from opd_jax.method.gates import drift_size, map_gate, masked
 from opd_jax.method.scope import scope_least
 
 Array = jax.Array
@@ -92,11 +93,15 @@ def merge(a: Share, b: Share, tau: float | Array = 1.0) -> Share:
     )
 
 
-def divisor(whole: Share, eps: float = EPS) -> Array:
+def divisor(whole: Share, eps: float = 0.0) -> Array:
     """What ``weighted``, and its gradient, are divided by: ``gbar sum(m)``, the one division of all.
+
+    1 where there is no token, and nothing to divide.
 
     >>> whole = Share(*jnp.array([40., 8., 10., 0.]))
     >>> divisor(whole), whole.weighted / divisor(whole)  # gbar = .8 times ten tokens
     (Array(8., dtype=float32), Array(5., dtype=float32))
     """
-    return (whole.total / (whole.tokens + eps) + eps) * (whole.tokens + eps)
+    tokens = whole.tokens + eps
+    by = (quotient(whole.total, tokens) + eps) * tokens
+    return jnp.where(by > 0, by, 1.0)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.gates import EPS, drift_size, masked
+from opd_jax.method.arithmetic import quotient
+from opd_jax.method.gates import drift_size, masked
 from opd_jax.method.scope import Scope, scope_count, scope_least, scope_total
 
 Array = jax.Array
@@ -83,7 +84,8 @@ def clip_weights(
     def excess(log_c: Array) -> Array:
         return scope_total(clipped(log_c), mask, scope, sequence_ids, axis_name) - count
 
-    start = jnp.log((count + EPS) / (total + EPS))  # where c * w has mean one before clipping
+    # Where c * w has mean one before clipping; nowhere in particular where all of w is 0.
+    start = -jnp.log(jnp.where(total > 0, quotient(total, count), 1.0))
     return clipped(_bisect(excess, start - 100.0, start + 100.0))
 
 
@@ -125,7 +127,7 @@ def tau_for_ratio(
     over: tuple[Scope, None, str | None] = ("minibatch", None, axis_name)
     beyond = masked(size - scope_least(size, mask, *over), mask)
     count = scope_count(mask, *over)
-    mean = scope_total(beyond, mask, *over) / (count + EPS)
+    mean = quotient(scope_total(beyond, mask, *over), count)
     drifts = mean > SMALLEST_DRIFT
     beyond = beyond / jnp.where(drifts, mean, 1.0)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.method.gates import masked, segment_score
-from opd_jax.method.segments import segment_largest
+from opd_jax.method.segments import segment_largest, sequence_segments
 
 Array = jax.Array
 
@@ -50,8 +50,20 @@ def inverse(g: Array, mask: Array, segments: Array) -> Array:
     return masked(1.0 / jnp.maximum(g, 1e-30), mask)
 
 
-def position_mean(g: Array, mask: Array, segments: Array, *, axis_name: str | None = None) -> Array:
+def position_mean(
+    g: Array,
+    mask: Array,
+    segments: Array,
+    *,
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
     """Each segment gets the mean gate of all sequences at its index in the response, ``[B, T]``.
+
+    Args:
+      g, mask, segments: ``[B, T]``.
+      sequence_ids: ``[B, T]`` int32 of packed rows; by default a row is one sequence.
+      axis_name: mapped axis whose rows take part.
 
     >>> g = jnp.array([[.2, .2, .5, .5, 1., 1.], [.4, .4, .25, .25, 0., 0.]])
     >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -61,21 +73,34 @@ def position_mean(g: Array, mask: Array, segments: Array, *, axis_name: str | No
            [0.3  , 0.3  , 0.375, 0.375, 0.   , 0.   ]], dtype=float32)
     """
     table, valid = _table(g, segments)
-    total, count = jnp.sum(table, axis=0), jnp.sum(valid, axis=0)
+    place = _places(segments, sequence_ids).ravel()
+    total, count = (
+        jax.ops.segment_sum(x.ravel(), place, num_segments=segments.shape[1] + 1)
+        for x in (table, valid.astype(jnp.float32))
+    )
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
-    mean = jnp.broadcast_to(total / jnp.maximum(count, 1), table.shape)
+    mean = (total / jnp.maximum(count, 1))[place].reshape(table.shape)
     return _spread(mean, mask, segments)
 
 
-def shuffled(g: Array, mask: Array, segments: Array, key: Array, *, axis_name: str | None = None) -> Array:
+def shuffled(
+    g: Array,
+    mask: Array,
+    segments: Array,
+    key: Array,
+    *,
+    sequence_ids: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
     """Gates are exchanged among the sequences at the same segment index, ``[B, T]``.
 
     Same marginal and same profile over the response; the link to one's own drift is cut.
 
     Args:
-      g, mask, segments: ``[B, T]``; segments of one sequence a row.
+      g, mask, segments: ``[B, T]``.
       key: typed PRNG key, the same on all devices of ``axis_name``.
+      sequence_ids: ``[B, T]`` int32 of packed rows; by default a row is one sequence.
       axis_name: mapped axis whose rows take part.
 
     >>> g = jnp.array([[.2, .2, .5, .5, 1., 1.], [.4, .4, .25, .25, 0., 0.]])
@@ -85,7 +110,7 @@ def shuffled(g: Array, mask: Array, segments: Array, key: Array, *, axis_name: s
     Array([[0.4 , 0.4 , 0.25, 0.25, 1.  , 1.  ],
            [0.2 , 0.2 , 0.5 , 0.5 , 0.  , 0.  ]], dtype=float32)
     """
-    return _exchange(g, mask, segments, key, axis_name, columns=True)
+    return _exchange(g, mask, segments, _places(segments, sequence_ids), key, axis_name)
 
 
 def random(g: Array, mask: Array, segments: Array, key: Array, *, axis_name: str | None = None) -> Array:
@@ -98,7 +123,7 @@ def random(g: Array, mask: Array, segments: Array, key: Array, *, axis_name: str
     Array([[0.4 , 0.4 , 1.  , 1.  , 0.25, 0.25],
            [0.2 , 0.2 , 0.5 , 0.5 , 0.  , 0.  ]], dtype=float32)
     """
-    return _exchange(g, mask, segments, key, axis_name, columns=False)
+    return _exchange(g, mask, segments, jnp.zeros_like(segments), key, axis_name)
 
 
 def disagreement(
@@ -131,20 +156,26 @@ def disagreement(
 
 
 def _exchange(
-    g: Array, mask: Array, segments: Array, key: Array, axis_name: str | None, *, columns: bool
+    g: Array, mask: Array, segments: Array, kinds: Array, key: Array, axis_name: str | None
 ) -> Array:
+    """Gates exchanged among the segments of a kind, ``kinds`` being one for each entry of `_table`."""
     table, valid = _table(g, segments)
     rows = table.shape[0]
-    table, valid = _all_rows(table, axis_name), _all_rows(valid, axis_name)
-    noise = jnp.where(valid, jax.random.uniform(key, table.shape), jnp.inf)
-    shape = table.shape
-    if not columns:
-        table, valid, noise = (x.reshape(-1, 1) for x in (table, valid, noise))
-    # The valid values in random order come first; the n-th valid entry takes the n-th of them.
-    drawn = jnp.take_along_axis(table, jnp.argsort(noise, axis=0), axis=0)
-    place = jnp.maximum(jnp.cumsum(valid, axis=0) - 1, 0)
-    exchanged = jnp.take_along_axis(drawn, place, axis=0).reshape(shape)
+    table, valid, kinds = (_all_rows(x, axis_name) for x in (table, valid, kinds))
+    noise = jax.random.uniform(key, table.shape).ravel()
+    shape, kinds = table.shape, jnp.where(valid, kinds, table.size).ravel()
+    # Kind by kind, once in order and once at random: the n-th entry of a kind takes the n-th one drawn.
+    places, drawn = jnp.argsort(kinds, stable=True), jnp.lexsort((noise, kinds))
+    exchanged = jnp.zeros_like(table).ravel().at[places].set(table.ravel()[drawn]).reshape(shape)
     return _spread(_own_rows(exchanged, rows, axis_name), mask, segments)
+
+
+def _places(segments: Array, sequence_ids: Array | None) -> Array:
+    """Index of each segment within its own sequence, ``[B, G]`` as in `_table`; T where there is none."""
+    inside = segments >= 0
+    first = -segment_largest(-segments, sequence_segments(inside, sequence_ids))
+    places, valid = _table(segments - first.astype(segments.dtype), segments)
+    return jnp.where(valid, places, segments.shape[1])
 
 
 def _table(values: Array, segments: Array) -> tuple[Array, Array]:

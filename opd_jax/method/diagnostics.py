@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from opd_jax.method.arithmetic import wide
+from opd_jax.method.gates import masked
 from opd_jax.method.losses import importance_ratio, k3
 
 Array = jax.Array
@@ -32,8 +34,7 @@ def masked_sum(values: Array, mask: Array) -> tuple[Array, Array]:
     >>> masked_sum(jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, 99.]]), mask)
     (Array(55., dtype=float32), Array(10., dtype=float32))
     """
-    mask = mask.astype(bool)
-    return jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(jnp.float32)
+    return jnp.sum(masked(values, mask)), jnp.sum(mask.astype(bool)).astype(jnp.float32)
 
 
 def histogram(values: Array, mask: Array, edges: tuple[float, ...]) -> Array:
@@ -60,7 +61,7 @@ def effective_token_ratio(weights: Array, mask: Array) -> Array:
     Array(0.5, dtype=float32)
     """
     total, count = masked_sum(weights, mask)
-    squares, _ = masked_sum(jnp.square(weights), mask)
+    squares, _ = masked_sum(jnp.square(wide(weights)), mask)
     return jnp.where(squares > 0, jnp.square(total) / jnp.where(squares > 0, count * squares, 1.0), 1.0)
 
 
@@ -102,8 +103,7 @@ def drift_diagnostics(
     >>> sums["clip_fraction"][0], sums["ratio"][0]  # 2 and 1/2 lie outside; 3 * 2 + 5 + 2 / 2
     (Array(5., dtype=float32), Array(12., dtype=float32))
     """
-    inside = mask.astype(bool)
-    cur, old, tea, d = (jnp.where(inside, x, 0.0) for x in (cur, old, tea, d))
+    cur, old, tea, d, w = (masked(x, mask) for x in (cur, old, tea, d, w))
     rho = importance_ratio(cur, old)
     low, high = clip
     r = tea - cur
@@ -130,7 +130,7 @@ def support_mass(logprobs_on_support: Array, mask: Array) -> tuple[Array, Array]
     >>> support_mass(log_p, mask)  # ten times 3/4
     (Array(7.5, dtype=float32), Array(10., dtype=float32))
     """
-    return masked_sum(jnp.sum(jnp.exp(logprobs_on_support), axis=-1), mask)
+    return masked_sum(jnp.sum(jnp.exp(wide(logprobs_on_support)), axis=-1), mask)
 
 
 def topk_overlap(ids_a: Array, ids_b: Array, mask: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ import jax
 
 from opd_jax.method.gates import masked
 from opd_jax.method.sequence_weights import f_opd, fire_opd, scope_opd
-from opd_jax.method.weights import iw_opd, popd, prune, tip, token_is
+from opd_jax.method.weights import iw_opd, popd, prune, sg_opd, tip, token_is
 
 Array = jax.Array
 Member = Callable[..., Array]
@@ -40,6 +40,7 @@ WEIGHTS: dict[str, Callable[..., Array]] = {
     "tip": tip,
     "prune": prune,
     "iw_opd": iw_opd,
+    "sg_opd": sg_opd,
     "popd": popd,
     "fire_opd": fire_opd,
     "scope_opd": scope_opd,

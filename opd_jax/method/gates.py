@@ -17,24 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from opd_jax.method.arithmetic import quotient, wide
 from opd_jax.method.scope import Scope, scope_count, scope_least, scope_total
 from opd_jax.method.segments import segment_total
 
 Array = jax.Array
 
-EPS = 1e-8
 ROUNDING = 1e-3  # of a float32 sum of ten thousand equal terms, added up one by one
 
 
 def masked(x: Array, mask: Array) -> Array:
-    """``x`` with zeros behind the mask, so that neither its value nor its gradient is read there.
+    """``x`` with zeros behind the mask, so that neither its value nor its gradient is read there; float32.
 
     >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, jnp.inf]])
     >>> masked(x, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))
     Array([[ 1.,  2.,  3.,  4.,  5.,  6.],
            [ 7.,  8.,  9., 10.,  0.,  0.]], dtype=float32)
     """
-    return jnp.where(mask.astype(bool), x, 0.0)
+    return jnp.where(mask.astype(bool), wide(x), 0.0)
 
 
 def drift(cur: Array, old: Array, mask: Array) -> Array:
@@ -53,8 +53,7 @@ def _mean(d: Array, mask: Array, segments: Array) -> Array:
     """Mean of ``d`` over each token's segment, valid tokens only."""
     inside = mask.astype(bool) & (segments >= 0)
     ids = jnp.where(inside, segments, -1)
-    count = segment_total(inside, ids)
-    return segment_total(d, ids) / jnp.maximum(count, 1)
+    return segment_total(d, ids) / jnp.maximum(segment_total(inside, ids), 1)
 
 
 def _root(x: Array) -> Array:
@@ -75,7 +74,7 @@ STATISTICS: dict[str, Callable[[Array, Array, Array], Array]] = {
 # g of a segment, from |s|, the least |s| of its scope, tau and a floor. Only ratios of g matter once it
 # is normalised: ``exp`` is relative to the least drifted segment, which no drift can underflow.
 MAPS: dict[str, Callable[[Array, Array, Any, float], Array]] = {
-    "exp": lambda size, least, tau, floor: jnp.exp(-tau * (size - least)),
+    "exp": lambda size, least, tau, floor: jnp.exp(-tau * jnp.maximum(size - least, 0.0)),
     "clipped_exp": lambda size, least, tau, floor: jnp.maximum(jnp.exp(-tau * size), floor),
     # All or nothing at |s| = 1 / tau. The least drifted segment always stays, or nothing might; and with it
     # those of equal drift, whose means over many tokens differ by rounding.
@@ -175,13 +174,13 @@ def normalise(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
-    eps: float = EPS,
+    eps: float = 0.0,
 ) -> Array:
-    """Weights ``w = g / (gbar + eps)`` with ``gbar`` the mean of ``g`` over the scope's valid tokens.
+    """Weights ``w = g / gbar`` with ``gbar`` the mean of ``g`` over the scope's valid tokens.
 
-    Within its scope ``sum(m * w) = sum(m)``. The paper does not print the scope; ``minibatch``, the
-    whole optimizer batch, is our default. ``sequence`` is what a gate written into a loop over
-    single-sequence micro-batches does.
+    Within its scope ``sum(m * w) = sum(m)``, unless all of ``g`` is 0. The paper does not print the
+    scope; ``minibatch``, the whole optimizer batch, is our default. ``sequence`` is what a gate written
+    into a loop over single-sequence micro-batches does.
 
     Args:
       g: ``[B, T]``, nonnegative.
@@ -190,7 +189,8 @@ def normalise(
         given here; ``minibatch`` these and, under shard_map or pmap, all devices of ``axis_name``.
       sequence_ids: ``[B, T]`` int32 of packed rows, for ``sequence``; by default a row is one.
       axis_name: mapped axis to sum over; under jit the sums are global without it.
-      eps: keeps an empty scope finite; the paper prints none.
+      eps: added to both denominators, as formulas of this kind often have it; the paper prints none, and
+        nothing here needs it: an empty scope is 0.
 
     Raises:
       ValueError: an unknown scope.
@@ -209,7 +209,7 @@ def normalise(
         return g
     total = scope_total(g, mask, scope, sequence_ids, axis_name)
     count = scope_count(mask, scope, sequence_ids, axis_name)
-    return g / (total / (count + eps) + eps)
+    return quotient(g, quotient(total, count + eps) + eps)
 
 
 def relative_gate(
@@ -225,12 +225,14 @@ def relative_gate(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
+    others: Array | None = None,
 ) -> Array:
     """The gate up to a factor that `normalise` cancels: ``exp(-tau (|s| - min |s|))``, ``[B, T]``.
 
     The minimum runs over the scope, so that a drift of thousands of nats cannot underflow the mean to
     zero. Control arms (`opd_jax.method.controls`) are made from this. Arguments are those of `gate`
-    and `normalise`.
+    and `normalise`, and ``others``, the weights ``[B, T]`` that the gate is going to be multiplied by:
+    where they are 0 a token is no part of the minimum.
 
     >>> cur, old = jnp.array([[-900.], [-901.]]) * jnp.ones((2, 6)), jnp.zeros((2, 6))
     >>> segments = jnp.zeros((2, 6), int)
@@ -239,7 +241,8 @@ def relative_gate(
            [0.3679, 0.3679, 0.3679, 0.3679, 0.3679, 0.3679]], dtype=float32)
     """
     size = drift_size(cur, old, mask, segments, statistic)
-    least = scope_least(size, mask, scope, sequence_ids, axis_name)
+    counted = mask.astype(bool) if others is None else mask.astype(bool) & (others > 0)
+    least = scope_least(size, counted, scope, sequence_ids, axis_name)
     return map_gate(size, least, mask, tau=tau, map=map, floor=floor)
 
 
@@ -256,11 +259,11 @@ def drift_gate(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
-    eps: float = EPS,
+    eps: float = 0.0,
 ) -> Array:
     """The drift gate of arXiv 2606.24084: detached weights ``w = sg(g / gbar)``, ``[B, T]``.
 
-    Equal to ``normalise(gate(...))`` up to eps, and safe from underflow (`relative_gate`). Arguments
+    Equal to ``normalise(gate(...))``, and safe from underflow (`relative_gate`). Arguments
     are those of `gate` and `normalise`.
 
     >>> old = jnp.full((2, 6), -3.)

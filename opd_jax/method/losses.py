@@ -12,12 +12,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from opd_jax.method.arithmetic import wide
+
 Array = jax.Array
 Surrogate = Literal["ppo", "is", "reinforce"]
 Advantage = Literal["old", "cur"]
 
 # exp(20) is 5e8: past it a ratio carries no information and its products overflow.
 LARGEST_LOG_RATIO = 20.0
+# An id that a model excludes has a log-prob of -inf, and 0 * inf is no number: on a support it is this.
+SMALLEST_LOGPROB = -1e5
 
 
 def importance_ratio(cur: Array, old: Array) -> Array:
@@ -29,21 +33,28 @@ def importance_ratio(cur: Array, old: Array) -> Array:
     Array([[1. , 1.1, 2. , 4. , 0.5, 0.9],
            [1. , 1.1, 2. , 4. , 0.5, 0.9]], dtype=float32)
     """
-    return jnp.exp(jnp.clip(cur - old, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+    return jnp.exp(jnp.clip(wide(cur) - wide(old), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
 
 
 def k3(r: Array) -> Array:
     """``exp(r) - 1 - r``, at least 0: an estimate of KL(p || q) from ``r = log q - log p`` drawn from p."""
     # Written with expm1 because of the small r of drift: 1 + r + r^2 / 2 has no digits left for r^2.
+    r = wide(r)
     return jnp.expm1(jnp.clip(r, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)) - r
 
 
 def read(mask: Array | None, *arrays: Array) -> list[Array]:
-    """The arrays with zeros behind the mask, if there is one; ``[B, T]`` or ``[B, T, K]``."""
+    """The arrays in float32, zeros behind the mask if there is one; ``[B, T]`` or ``[B, T, K]``."""
+    arrays = tuple(wide(x) for x in arrays)
     if mask is None:
         return list(arrays)
     inside = mask.astype(bool)
     return [jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 2)), x, 0.0) for x in arrays]
+
+
+def read_support(mask: Array | None, *arrays: Array) -> list[Array]:
+    """`read` for log-probs or logits on a support ``[B, T, K]``: of excluded ids ``p log p`` is 0."""
+    return [jnp.maximum(x, SMALLEST_LOGPROB) for x in read(mask, *arrays)]
 
 
 def sampled_token_loss(
@@ -160,7 +171,7 @@ def topk_loss(
     Array([[0.1438, 0.1438, 0.1438, 0.1438, 0.1438, 0.1438],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    z, log_q = read(mask, student_logits_on_support, teacher_logprobs_on_support)
+    z, log_q = read_support(mask, student_logits_on_support, teacher_logprobs_on_support)
     log_p = jax.nn.log_softmax(z, axis=-1)
     log_q = jax.nn.log_softmax(jax.lax.stop_gradient(log_q), axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
@@ -180,7 +191,7 @@ def topk_unrenormalised_loss(
     Array([[0.2773, 0.2773, 0.2773, 0.2773, 0.2773, 0.2773],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    log_p, log_q = read(mask, student_logprobs_on_support, teacher_logprobs_on_support)
+    log_p, log_q = read_support(mask, student_logprobs_on_support, teacher_logprobs_on_support)
     log_q = jax.lax.stop_gradient(log_q)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -199,7 +210,7 @@ def topk_tail_loss(
     Array([[0.1499, 0.1499, 0.1499, 0.1499, 0.1499, 0.1499],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    log_p, log_q = read(mask, student_logprobs_on_support, teacher_logprobs_on_support)
+    log_p, log_q = read_support(mask, student_logprobs_on_support, teacher_logprobs_on_support)
     log_q = jax.lax.stop_gradient(log_q)
     tail_p, tail_q = _log_outside(log_p), _log_outside(log_q)
     on_support = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
@@ -220,7 +231,7 @@ def topk_generalised_loss(
     Array([[0.1273, 0.1273, 0.1273, 0.1273, 0.1273, 0.1273],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    log_p, log_q = read(mask, student_logprobs_on_support, teacher_logprobs_on_support)
+    log_p, log_q = read_support(mask, student_logprobs_on_support, teacher_logprobs_on_support)
     log_q = jax.lax.stop_gradient(log_q)
     p = jnp.exp(log_p)
     return jnp.sum(p * (log_p - log_q) - p + jnp.exp(log_q), axis=-1)
@@ -273,7 +284,7 @@ def student_topk_loss(
     Array([[0.1438, 0.1438, 0.1438, 0.1438, 0.1438, 0.1438],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    cur, old, tea = read(mask, cur_on_support, old_on_support, tea_on_support)
+    cur, old, tea = read_support(mask, cur_on_support, old_on_support, tea_on_support)
     old, tea = jax.lax.stop_gradient(old), jax.lax.stop_gradient(tea)
     if advantage not in ("old", "cur"):
         raise ValueError(f"advantage must be old or cur: got {advantage!r}")

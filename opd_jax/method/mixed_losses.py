@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.losses import Surrogate, importance_ratio, k3, read, surrogate_loss
+from opd_jax.method.losses import Surrogate, importance_ratio, k3, read, read_support, surrogate_loss
 
 Array = jax.Array
 
@@ -25,7 +25,7 @@ def topk_forward_kl(
     Array([[0.3466, 0.3466, 0.3466, 0.3466, 0.3466, 0.3466],
            [0.    , 0.    , 0.    , 0.    , 0.    , 0.    ]], dtype=float32)
     """
-    log_p, log_q = read(mask, student_logprobs_on_support, teacher_logprobs_on_support)
+    log_p, log_q = read_support(mask, student_logprobs_on_support, teacher_logprobs_on_support)
     log_q = jax.lax.stop_gradient(log_q)
     return jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
 
@@ -37,18 +37,18 @@ def entropy_aware_loss(
     teacher_logprobs_on_support: Array,
     *,
     alpha: float = 1.0,
-    threshold: float = 0.8,
+    entropy_threshold: float = 0.8,
     mask: Array | None = None,
 ) -> Array:
     """Entropy-aware OPD (arXiv 2603.07079): forward KL is added where the teacher is unsure, ``[B, T]``.
 
-    ``base + alpha * 1[H_q >= threshold] * sum_S q (log q - log p)``; the base stays on every token.
+    ``base + alpha * 1[H_q >= entropy_threshold] * sum_S q (log q - log p)``; the base stays on every token.
 
     Args:
       base: ``[B, T]``.
       teacher_entropy: ``[B, T]`` nats.
       student_logprobs_on_support, teacher_logprobs_on_support: ``[B, T, K]``, K = 16 in the paper.
-      alpha, threshold: the paper's, as reported of its code.
+      alpha, entropy_threshold: the paper's, as reported of its code.
       mask: ``[B, T]``, to read nothing behind it.
 
     >>> p = jnp.log(jnp.array([[[.5, .25]], [[.5, .5]]])) * jnp.ones((2, 6, 1))
@@ -60,7 +60,7 @@ def entropy_aware_loss(
     """
     [base] = read(mask, base)
     forward = topk_forward_kl(student_logprobs_on_support, teacher_logprobs_on_support, mask=mask)
-    return base + alpha * jnp.where(teacher_entropy >= threshold, forward, 0.0)
+    return base + alpha * jnp.where(teacher_entropy >= entropy_threshold, forward, 0.0)
 
 
 def trust_region_loss(
@@ -106,7 +106,6 @@ def sign_gated_advantage(
     ref: Array,
     reward: Array,
     *,
-    tau: float,
     extrapolation: float = 1.8,
     conflict: float = 1.0,
     mask: Array | None = None,
@@ -115,28 +114,26 @@ def sign_gated_advantage(
 
     With ``A = tea - old`` and the task's direction R, +1 for a right answer and -1 for a wrong one:
     where the signs agree ``(ref - old) + extrapolation (tea - ref)``, which passes the teacher on the
-    line from the reference; where they differ ``conflict * A``. Both times ``min(1, tau / |A|)``.
-    Use with `surrogate_loss`, and normalise weights to mean one.
+    line from the reference; where they differ ``conflict * A``. The source's factor ``min(1, tau / |A|)``
+    of mean one is the weight `sg_opd`.
 
     Args:
       old, tea, ref: ``[B, T]`` log-probs of the sampled token: behaviour, teacher, reference (the
         student before training).
       reward: ``[B, T]``, above 0 where the sequence's answer is right.
-      tau: nats; not known to us, no default.
       extrapolation, conflict: as reproduced in arXiv 2608.24696, not read in the source itself.
       mask: ``[B, T]``, to read nothing behind it.
 
     >>> old, right = jnp.zeros((2, 6)), jnp.array([[1.], [0.]]) * jnp.ones((2, 6))
     >>> tea = jnp.array([1., 2., -1., -2., 0., 8.]) * jnp.ones((2, 1))
-    >>> sign_gated_advantage(old, tea, old, right, tau=4.0)  # 1.8 A where they agree; the last times 4 / 8
-    Array([[ 1.8,  3.6, -1. , -2. ,  0. ,  7.2],
-           [ 1. ,  2. , -1.8, -3.6,  0. ,  4. ]], dtype=float32)
+    >>> sign_gated_advantage(old, tea, old, right)  # 1.8 A where they agree
+    Array([[ 1.8,  3.6, -1. , -2. ,  0. , 14.4],
+           [ 1. ,  2. , -1.8, -3.6,  0. ,  8. ]], dtype=float32)
     """
     old, tea, ref = (jax.lax.stop_gradient(x) for x in read(mask, old, tea, ref))
     a = tea - old
     agree = jnp.sign(a) == jnp.where(reward > 0, 1.0, -1.0)
-    signal = jnp.where(agree, (ref - old) + extrapolation * (tea - ref), conflict * a)
-    return signal * jnp.minimum(1.0, tau / jnp.maximum(jnp.abs(a), 1e-8))
+    return jnp.where(agree, (ref - old) + extrapolation * (tea - ref), conflict * a)
 
 
 def sign_gated_loss(
@@ -146,7 +143,6 @@ def sign_gated_loss(
     ref: Array,
     reward: Array,
     *,
-    sign_tau: float,
     extrapolation: float = 1.8,
     conflict: float = 1.0,
     surrogate: Surrogate = "ppo",
@@ -157,15 +153,15 @@ def sign_gated_loss(
 ) -> Array:
     """SG-OPD as a loss: `surrogate_loss` of `sign_gated_advantage`, whose arguments these are, ``[B, T]``.
 
+    Goes with the weights `sg_opd`.
+
     >>> old, right = jnp.zeros((2, 6)), jnp.array([[1.], [0.]]) * jnp.ones((2, 6))
     >>> tea = jnp.array([1., 2., -1., -2., -3., 8.]) * jnp.ones((2, 1))
-    >>> sign_gated_loss(old, old, tea, old, right, sign_tau=4.0)  # at rho = 1 minus the advantage
-    Array([[-1.8, -3.6,  1. ,  2. ,  3. , -7.2],
-           [-1. , -2. ,  1.8,  3.6,  5.4, -4. ]], dtype=float32)
+    >>> sign_gated_loss(old, old, tea, old, right)  # at rho = 1 minus the advantage
+    Array([[ -1.8,  -3.6,   1. ,   2. ,   3. , -14.4],
+           [ -1. ,  -2. ,   1.8,   3.6,   5.4,  -8. ]], dtype=float32)
     """
-    a = sign_gated_advantage(
-        old, tea, ref, reward, tau=sign_tau, extrapolation=extrapolation, conflict=conflict, mask=mask
-    )
+    a = sign_gated_advantage(old, tea, ref, reward, extrapolation=extrapolation, conflict=conflict, mask=mask)
     return surrogate_loss(
         cur,
         jax.lax.stop_gradient(old),

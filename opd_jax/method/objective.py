@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.gates import EPS, drift, masked, normalise, relative_gate
+from opd_jax.method.arithmetic import quotient
+from opd_jax.method.gates import drift, masked, normalise, relative_gate
 from opd_jax.method.scope import Scope
 from opd_jax.method.segments import segment_total, sequence_segments
 
@@ -56,7 +57,7 @@ def objective(
       sequence_ids: of packed rows, to tell sequences apart; by default a row is one.
       axis_name: mapped axis to sum over under shard_map or pmap. The loss is then one number on all
         devices, and its gradient is right after ``jax.lax.pmean`` over the axis.
-      gate: tau, statistic, map, floor, scope, eps, reweigh and bound of `drift_weights`.
+      gate: tau, statistic, map, floor, scope, eps, reweigh, others and bound of `drift_weights`.
 
     >>> old = jnp.full((2, 6), -3.)
     >>> cur = old + jnp.log(jnp.array([[2., 2., 1., 1., 1., 1.], [1., 1., 2., 2., 9., 9.]]))
@@ -87,8 +88,9 @@ def drift_weights(
     scope: Scope = "minibatch",
     sequence_ids: Array | None = None,
     axis_name: str | None = None,
-    eps: float = EPS,
+    eps: float = 0.0,
     reweigh: Callable[[Array], Array] | None = None,
+    others: Array | None = None,
     bound: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, Array]:
     """Drift ``d`` and weights ``w`` of a batch, ``[B, T]`` each, detached and 0 off the mask.
@@ -97,8 +99,8 @@ def drift_weights(
       cur, old, mask, segments, sequence_ids, axis_name: as in `objective`.
       tau, statistic, map, floor: of the gate, see `relative_gate`.
       scope, eps: of the normaliser, see `normalise`.
-      reweigh: g to another g before the normaliser: a control arm (`opd_jax.method.controls`), or
-        further weights (`combine`).
+      reweigh: g to another g before the normaliser: a control arm (`opd_jax.method.controls`).
+      others: ``[B, T]`` further weights, detached, that multiply g before the normaliser (`combine`).
       bound: w to w after it: `clip_weights`, `residual`.
 
     >>> old = jnp.full((2, 6), -3.)
@@ -129,9 +131,12 @@ def drift_weights(
             scope=scope,
             sequence_ids=sequence_ids,
             axis_name=axis_name,
+            others=others if reweigh is None else None,  # a control hands the gate of any segment to any
         )
     if reweigh is not None:
         g = reweigh(g)
+    if others is not None:
+        g = g * masked(others, m)
 
     # w = sg(g / gbar): mean one.
     w = normalise(g, m, scope=scope, sequence_ids=sequence_ids, axis_name=axis_name, eps=eps)
@@ -161,7 +166,7 @@ def weighted_loss(
     total, count = jnp.sum(share * masked(w, mask) * masked(base, mask)), jnp.sum(share)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
-    return total / (count + EPS)
+    return quotient(total, count)
 
 
 def token_share(
@@ -189,10 +194,10 @@ def token_share(
 
 
 def token_mean(values: Array, mask: Array, axis_name: str | None = None) -> Array:
-    """``sum(m * values) / (sum(m) + eps)`` over the whole batch, all devices of ``axis_name`` included.
+    """``sum(m * values) / sum(m)`` over the whole batch, all devices of ``axis_name`` included.
 
     >>> base = jnp.array([[8., 8., 4., 4., 4., 4.], [4., 4., 8., 8., 99., 99.]])
     >>> token_mean(base, jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))  # 56 / 10
     Array(5.6, dtype=float32)
     """
-    return weighted_loss(values, mask.astype(jnp.float32), mask, axis_name=axis_name)
+    return weighted_loss(values, jnp.ones(mask.shape), mask, axis_name=axis_name)

@@ -14,7 +14,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.segments import segment_largest, segment_total, sequence_segments
+from opd_jax.method.arithmetic import wide
+from opd_jax.method.segments import segment_largest, sequence_segments, sequence_total
 
 Array = jax.Array
 Scope = Literal["none", "sequence", "microbatch", "minibatch"]
@@ -36,12 +37,12 @@ def scope_total(
     Array([[21., 21., 21., 21., 21., 21.],
            [ 4.,  4.,  4.,  4.,  0.,  0.]], dtype=float32)
     """
-    mask = mask.astype(bool)
+    mask, values = mask.astype(bool), wide(values)
     if scope == "sequence":
-        return segment_total(values, sequence_segments(mask, sequence_ids))
+        return sequence_total(values, mask, sequence_ids)
     if scope not in ("microbatch", "minibatch"):
         raise ValueError(f"scope must be none, sequence, microbatch or minibatch: got {scope!r}")
-    total = jnp.sum(jnp.where(mask, values, 0))
+    total = jnp.sum(jnp.where(mask, values, 0.0))
     if axis_name is not None and scope == "minibatch":
         total = jax.lax.psum(total, axis_name)
     return total

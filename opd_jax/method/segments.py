@@ -6,11 +6,13 @@ along a row; -1 marks positions off the mask. No segment crosses a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from opd_jax.method.arithmetic import wide
 
 Array = jax.Array
 
@@ -174,7 +176,7 @@ def cusum_spans(
             f"maximum {maximum}, slack {slack}, limit {limit}; put them in order"
         )
     mask = mask.astype(bool)
-    d = jax.lax.stop_gradient(d)
+    d = wide(jax.lax.stop_gradient(d))
     first = first_response(mask, sequence_ids)
     sequence = _number(first, mask)
     tokens = segment_total(mask, sequence)
@@ -203,9 +205,20 @@ def cusum_spans(
 
 
 def sequence_segments(mask: Array, sequence_ids: Array | None) -> Array:
-    """Segment ids that tell the sequences of a row apart; a row is one where no ids are given."""
-    ids = jnp.zeros(mask.shape, jnp.int32) if sequence_ids is None else sequence_ids
-    return jnp.where(mask.astype(bool), ids, -1)
+    """Segment ids that tell the sequences of a row apart; a row is one where no ids are given.
+
+    Sequences are numbered along the row, so that their own ids may be any numbers.
+
+    >>> mask = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
+    >>> sequence_segments(mask, jnp.array([[7, 7, 7, 900, 900, 900], [-1, -1, -1, 5, 5, 0]]))
+    Array([[-1,  0,  0,  1,  1,  1],
+           [ 0,  0, -1,  1,  1, -1]], dtype=int32)
+    """
+    if sequence_ids is None:
+        number = jnp.zeros(mask.shape, jnp.int32)
+    else:
+        number = jnp.cumsum(_starts(sequence_ids), axis=1, dtype=jnp.int32) - 1
+    return jnp.where(mask.astype(bool), number, -1)
 
 
 def segment_total(values: Array, segments: Array) -> Array:
@@ -218,9 +231,38 @@ def segment_total(values: Array, segments: Array) -> Array:
     Array([[ 6.,  6.,  6., 15., 15., 15.],
            [15., 15., 19., 19.,  0.,  0.]], dtype=float32)
     """
-    if values.dtype == bool:
-        values = values.astype(jnp.int32)
+    values = values.astype(jnp.int32) if values.dtype == bool else wide(values)
     return _over_segments(jax.ops.segment_sum, values, segments)
+
+
+def running_total(x: Array, mask: Array, sequence_ids: Array | None) -> Array:
+    """Sum of ``x`` from the first response token of one's sequence up to and including t, ``[B, T]``.
+
+    >>> x = jnp.array([[1., 2., 3., 4., 5., 6.], [7., 8., 9., 10., jnp.nan, jnp.nan]])
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> running_total(x, mask, jnp.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]]))
+    Array([[ 1.,  3.,  6.,  4.,  9., 15.],
+           [ 7., 15., 24., 34., 34., 34.]], dtype=float32)
+    """
+
+    # Starts anew at each sequence: the difference of two sums over the row would round by its neighbours.
+    def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
+
+    inside = mask.astype(bool)
+    first = first_response(inside, sequence_ids)
+    return jax.lax.associative_scan(add, (first, jnp.where(inside, wide(x), 0.0)), axis=1)[1]
+
+
+def sequence_total(values: Array, mask: Array, sequence_ids: Array | None) -> Array:
+    """Sum of the masked ``values`` over each position's sequence, ``[B, T]``; 0 off the mask.
+
+    As `segment_total`, which adds up one by one, but by halves: of sixteen thousand tokens to 1e-6.
+    """
+    ids = sequence_segments(mask, sequence_ids)
+    last = segment_largest(jnp.indices(mask.shape)[1], ids).astype(jnp.int32)
+    total = jnp.take_along_axis(running_total(values, mask, sequence_ids), last, axis=1)
+    return jnp.where(ids >= 0, total, 0.0)
 
 
 def segment_largest(values: Array, segments: Array) -> Array:
@@ -258,9 +300,48 @@ def first_response(mask: Array, sequence_ids: Array | None) -> Array:
     count = jnp.cumsum(mask, axis=1)
     if sequence_ids is None:
         return mask & (count == 1)
-    starts = jnp.diff(sequence_ids, axis=1, prepend=sequence_ids[:, :1] - 1) != 0
-    before = jax.lax.cummax(jnp.where(starts, count - mask, -1), axis=1)
+    before = jax.lax.cummax(jnp.where(_starts(sequence_ids), count - mask, -1), axis=1)
     return mask & (count == before + 1)
+
+
+def _starts(sequence_ids: Array) -> Array:
+    """True where a sequence begins, ``[B, T]``."""
+    return jnp.diff(sequence_ids, axis=1, prepend=sequence_ids[:, :1] - 1) != 0
+
+
+def special_tokens_out(
+    targets: Array,
+    mask: Array,
+    ids: Sequence[int],
+    *,
+    first_only: bool = True,
+    sequence_ids: Array | None = None,
+) -> Array:
+    """The mask without positions of listed token ids, ``[B, T]`` bool: neither loss nor drift counts there.
+
+    Args:
+      targets: ``[B, T]`` int32, the token predicted at t.
+      mask: ``[B, T]``, nonzero on response tokens.
+      ids: token ids that leave; not the one that ends a response, for stopping is to be learnt.
+      first_only: each id leaves at its first occurrence in a response alone, as in the paper's code base.
+      sequence_ids: ``[B, T]`` int32 of packed rows; by default a row is one sequence.
+
+    >>> targets = jnp.array([[5, 7, 5, 8, 7, 9], [5, 5, 7, 8, 7, 5]])
+    >>> mask = jnp.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    >>> special_tokens_out(targets, mask, (7, 5)).astype(int)
+    Array([[0, 0, 0, 1, 1, 1],
+           [0, 1, 0, 1, 1, 0]], dtype=int32)
+    >>> special_tokens_out(targets, mask, (7, 5), first_only=False).astype(int)
+    Array([[0, 0, 0, 1, 0, 1],
+           [0, 0, 0, 1, 0, 0]], dtype=int32)
+    """
+    inside = mask.astype(bool)
+    out = jnp.zeros_like(inside)
+    for id_ in ids:
+        here = inside & (targets == id_)
+        # The first of its kind is where a mask of these alone would begin.
+        out |= first_response(here, sequence_ids) if first_only else here
+    return inside & ~out
 
 
 def _zero_a_row(mask: Array) -> Array:

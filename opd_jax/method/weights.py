@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from opd_jax.method.gates import drift, masked
 from opd_jax.method.losses import importance_ratio
 from opd_jax.method.scope import masked_quantile
-from opd_jax.method.segments import first_response, segment_total, sequence_segments
+from opd_jax.method.segments import running_total, segment_total, sequence_segments
 
 Array = jax.Array
 
@@ -88,10 +88,13 @@ def prune(
     ids that the two top-K sets have in common at s (K = 16 in the paper).
 
     Args:
-      student_ids, teacher_ids: ``[B, T, K]`` int32, most likely ids of each model.
+      student_ids, teacher_ids: ``[B, T, K]`` int32, most likely ids of each model, as many of either.
       mask: ``[B, T]``, nonzero on response tokens.
       overlap, drop, base: constants of the formula.
       sequence_ids: ``[B, T]`` int32 of packed rows; by default a row is one sequence.
+
+    Raises:
+      ValueError: the two sets are not of one size, and their overlap no share of either.
 
     >>> parted = jnp.array([[0, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     >>> student = jnp.array([1, 2]) * jnp.ones((2, 6, 1), int)
@@ -100,9 +103,12 @@ def prune(
     Array([[1.5 , 1.25, 1.25, 1.  , 1.  , 1.  ],
            [1.25, 1.  , 0.75, 0.5 , 0.5 , 0.5 ]], dtype=float32)
     """
+    sizes = student_ids.shape[-1], teacher_ids.shape[-1]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"two top-K sets of one size overlap by a share: got {sizes}; cut the longer one")
     same = jnp.any(student_ids[..., :, None] == teacher_ids[..., None, :], axis=-1)
     parted = (jnp.mean(same.astype(jnp.float32), axis=-1) < overlap) & mask.astype(bool)
-    count = _running_total(parted.astype(jnp.float32), mask, sequence_ids)
+    count = running_total(parted.astype(jnp.float32), mask, sequence_ids)
     return masked(jnp.clip(1.0 - drop * count, 0.0, 1.0) + base, mask)
 
 
@@ -127,9 +133,29 @@ def iw_opd(
     """
     a = jnp.abs(masked(jax.lax.stop_gradient(tea), mask) - masked(jax.lax.stop_gradient(old), mask))
     total = segment_total(a, sequence_segments(mask, sequence_ids))
-    before = _running_total(a, mask, sequence_ids) - a
+    before = running_total(a, mask, sequence_ids) - a
     share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)
     return masked(1.0 + (largest - 1.0) * jnp.clip(1.0 - share, 0.0, 1.0), mask)
+
+
+def sg_opd(old: Array, tea: Array, mask: Array, *, tau: float) -> Array:
+    """The weights of SG-OPD (arXiv 2606.09304): no token pulls harder than ``tau`` allows, ``[B, T]``.
+
+    ``min(1, tau / |A|)`` with ``A = tea - old``; the normaliser makes their mean one. Goes with
+    `sign_gated_loss`.
+
+    Args:
+      old, tea, mask: ``[B, T]``.
+      tau: nats; not known to us, no default.
+
+    >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    >>> tea = jnp.array([[1., -1., 2., -4., 8., 0.], [0., 0., 0., 4., 9., 9.]])
+    >>> sg_opd(jnp.zeros((2, 6)), tea, mask, tau=2.)
+    Array([[1.  , 1.  , 1.  , 0.5 , 0.25, 1.  ],
+           [1.  , 1.  , 1.  , 0.5 , 0.  , 0.  ]], dtype=float32)
+    """
+    a = jnp.abs(masked(jax.lax.stop_gradient(tea), mask) - masked(jax.lax.stop_gradient(old), mask))
+    return masked(tau / jnp.maximum(a, tau), mask)
 
 
 def popd(
@@ -152,7 +178,7 @@ def popd(
            [1., 1., 1., 0., 0., 0.]], dtype=float32)
     """
     horizon = start + growth * (step // every)
-    place = _running_total(jnp.ones(mask.shape), mask, sequence_ids)
+    place = running_total(jnp.ones(mask.shape), mask, sequence_ids)
     return masked((place <= horizon).astype(jnp.float32), mask)
 
 
@@ -163,14 +189,3 @@ def _min_max(x: Array, mask: Array, axis_name: str | None) -> Array:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
     spread = high - low
     return masked(jnp.where(spread > 0, (x - low) / jnp.where(spread > 0, spread, 1.0), 0.0), mask)
-
-
-def _running_total(x: Array, mask: Array, sequence_ids: Array | None) -> Array:
-    """Sum of ``x`` from the first response token of one's sequence up to and including t."""
-
-    # Starts anew at each sequence: the difference of two sums over the row would round by its neighbours.
-    def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-        return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
-
-    first = first_response(mask, sequence_ids)
-    return jax.lax.associative_scan(add, (first, masked(x, mask)), axis=1)[1]

@@ -42,7 +42,8 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     models = model_of(student, "--model"), model_of(teacher, "--teacher")
     kernel = kernel_of(models[0], config, mesh)
-    programs = compile_programs(config, *(computed(model, config, mesh) for model in models), mesh)
+    student_model, teacher_model = (computed(model, config, mesh) for model in models)
+    programs = compile_programs(config, student_model, teacher_model, mesh)
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     about = f"{mesh.size} of {len(devices)} devices, {devices[0].device_kind}, {shape}; {kernel}"
     return programs, memory_of(devices[0]), about

@@ -14,6 +14,7 @@ from opd_jax.evaluate import Answer, answers, write_answers
 from opd_jax.files import write_text
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
+from opd_jax.processes import agreed, is_first
 from opd_jax.rollout import make_sampler
 from opd_jax.train.run import Run
 
@@ -65,6 +66,7 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
         usable=run.usable,
     )
     records = []
+    stop = agreed(stop)
     with jax.set_mesh(run.mesh):
         for answer in answers(
             sampler,
@@ -80,6 +82,7 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
                 raise Interrupted
             records.append(answer)
             report(answer)
-    write_answers(file, records)
-    write_text(file.with_suffix(".json"), json.dumps(conditions(run), indent=1) + "\n")
+    if is_first():
+        write_answers(file, records)
+        write_text(file.with_suffix(".json"), json.dumps(conditions(run), indent=1) + "\n")
     return file

@@ -146,7 +146,8 @@ def structure(summary: Summary) -> str:
             for run, colour in _coloured(summary):
                 if run["diagnosis"]:
                     told = sorted((int(key), value) for key, value in run["diagnosis"][name].items())
-                    axis.plot(*zip(*told, strict=True), "o-", ms=3, color=colour, label=run["name"])
+                    sizes, values = [key for key, _ in told], [value for _, value in told]
+                    axis.plot(sizes, values, "o-", ms=3, color=colour, label=run["name"])
             axis.set_title(title)
             axis.set_xlabel(label)
             axis.set_xscale("log", base=2)

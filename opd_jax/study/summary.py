@@ -134,7 +134,7 @@ def _run(folder: Path, name: str) -> Numbers:
 def _diagnosis(lines: Sequence[Numbers]) -> Numbers | None:
     """Means of the costly readings over the updates that have them; None if none has.
 
-    Readings of the drift's structure are missing at a round's first update, where nothing drifts.
+    Readings of the drift's structure are missing where nothing drifts, as with one update a round.
     """
     if not lines:
         return None

@@ -3,7 +3,7 @@
 from opd_jax.tasks.grade import boxed, grade
 from opd_jax.tasks.problems import Problem, read_problems
 from opd_jax.tasks.text import (
-    copy_tokenizer,
+    TOKENIZER_FILES,
     decode_response,
     encode_prompt,
     load_tokenizer,
@@ -12,9 +12,9 @@ from opd_jax.tasks.text import (
 )
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Problem",
     "boxed",
-    "copy_tokenizer",
     "decode_response",
     "encode_prompt",
     "grade",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"a tokenizer must be one that AutoTokenizer loads: that of {folder} is not ({reason}); "
             "restore it"
         ) from None
-
-
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Put a model's tokenizer files beside exported weights."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -166,6 +166,12 @@ def gate_options(config: Config, fields: Fields, axis_name: str | None = None) -
     gate, members = config.gate, bound_members(config)
     mask, segments = fields["mask"], fields["segments"]
     over: dict[str, Any] = {"sequence_ids": fields["sequence_ids"], "axis_name": axis_name}
+    # Of a micro-batch what is at hand is all there is.
+    available = {**fields, "axis_name": None if gate.scope == "microbatch" else axis_name}
+    others = None
+    if config.weights.members:
+        chosen = [members[f"weights.members={name}"] for name in config.weights.members]
+        others = method.combine(chosen, available, mask.astype(jnp.float32), mask)
     tau: float | Array = gate.tau
     if gate.target_ratio is not None and segments is not None:
         tau = method.tau_for_ratio(
@@ -187,21 +193,24 @@ def gate_options(config: Config, fields: Fields, axis_name: str | None = None) -
     }
 
     def regate(cur: Array, old: Array) -> Array:
-        return method.relative_gate(cur, old, mask, segments, **shape)
+        return method.relative_gate(cur, old, mask, segments, others=others, **shape)
 
-    def reweigh(g: Array) -> Array:
-        available = {**fields, "g": g, "regate": regate, "axis_name": axis_name}
-        if gate.control != "none" and segments is not None:
-            g = call(members[f"gate.control={gate.control}"], available)
-        chosen = [members[f"weights.members={name}"] for name in config.weights.members]
-        return method.combine(chosen, available, g, mask)
+    def control(g: Array) -> Array:
+        return call(members[f"gate.control={gate.control}"], {**available, "g": g, "regate": regate})
 
     def bound(w: Array) -> Array:
         if gate.clip is not None:
             w = method.clip_weights(w, mask, *gate.clip, scope=gate.scope, **over)
         return method.residual(w, mask, gate.residual) if gate.residual != 1 else w
 
-    return {**shape, "eps": gate.eps, "reweigh": reweigh, "bound": bound}
+    controlled = gate.control != "none" and segments is not None
+    return {
+        **shape,
+        "eps": gate.eps,
+        "reweigh": control if controlled else None,
+        "others": others,
+        "bound": bound,
+    }
 
 
 def is_linear(config: Config) -> bool:
@@ -223,27 +232,71 @@ def check_choices(config: Config) -> None:
       InputError: two choices contradict each other, or a constant that has no default is not set.
     """
     bound_members(config)
-    gate, loss = config.gate, config.loss
+    _check_gate(config)
+    loss, members = config.loss, config.weights.members
+    holds_ratio = loss.kind in ("sampled_token", "student_topk", "sign_gated", "scope") and (
+        loss.surrogate != "reinforce" or loss.kind == "scope"
+    )
+    if "token_is" in members and holds_ratio and not config.weights.ratio_twice:
+        raise InputError(
+            f"token_is counts the importance ratio that {loss.kind} with {loss.surrogate} holds already: use "
+            "loss.surrogate=reinforce or a teacher_topk loss, or set weights.ratio_twice"
+        )
+    for kind, name in (("teacher_topk", "top_k"), ("student_topk", "student_k")):
+        if loss.kind == kind and getattr(loss, name) < 2:
+            raise InputError(
+                f"a renormalised support of one id is no signal: loss.{name} is {getattr(loss, name)} and "
+                "the loss 0 everywhere; use 2 or more"
+            )
+    if "prune" in members and loss.top_k < loss.student_k:
+        raise InputError(
+            f"prune compares as many ids of the teacher as of the student: loss.top_k is {loss.top_k}, "
+            f"loss.student_k {loss.student_k}; raise the one or lower the other"
+        )
+    prompts, minibatches = config.sampling.prompts, config.schedule.minibatches
+    if needs_groups(config) and prompts % minibatches:
+        raise InputError(
+            f"scope_opd weighs the rollouts of a problem against each other: {prompts} prompts do not divide "
+            f"by {minibatches} minibatches; set schedule.minibatches to a divisor of {prompts}"
+        )
+
+
+def needs_groups(config: Config) -> bool:
+    """True if something asked for compares the rollouts of a problem, which then share a minibatch."""
+    return any("group" in needs(member) for member in bound_members(config).values())
+
+
+def _check_gate(config: Config) -> None:
+    """Refuse gates that could not act, or whose parts do not go together."""
+    gate = config.gate
     if gate.segments == "none" and gate.control != "none":
         raise InputError(
             f"a control arm redistributes a gate: gate.control is {gate.control!r} but gate.segments is "
             "none; name segments"
         )
-    holds_ratio = loss.kind in ("sampled_token", "student_topk", "sign_gated", "scope") and (
-        loss.surrogate != "reinforce" or loss.kind == "scope"
-    )
-    if "token_is" in config.weights.members and holds_ratio and not config.weights.ratio_twice:
+    if gate.target_ratio is not None:
+        if gate.segments == "none" or gate.control == "constant":
+            raise InputError(
+                f"gate.target_ratio sharpens a gate until it acts: with gate.segments={gate.segments} and "
+                f"gate.control={gate.control} there is none; drop gate.target_ratio, or the other"
+            )
+        if (gate.map, gate.scope) != ("exp", "minibatch"):
+            raise InputError(
+                f"gate.target_ratio needs gate.map=exp and gate.scope=minibatch: got {gate.map} and "
+                f"{gate.scope}; drop one of the three"
+            )
+    if (gate.segments, gate.scope) == ("sequence", "sequence"):
         raise InputError(
-            f"token_is counts the importance ratio that {loss.kind} with {loss.surrogate} holds already: use "
-            "loss.surrogate=reinforce or a teacher_topk loss, or set weights.ratio_twice"
+            "a gate of one number a sequence has mean one over more than a sequence: gate.segments and "
+            "gate.scope are both sequence and every weight 1; set gate.scope=minibatch"
         )
-    if loss.top_k < 2 and loss.kind == "teacher_topk":
+    if (gate.control, gate.statistic) == ("oracle", "negative"):
         raise InputError(
-            f"a renormalised support of one id is no signal: loss.top_k is {loss.top_k} and the loss 0 "
-            "everywhere; use 2 or more"
+            "the oracle's divergence is never below 0: with gate.statistic=negative every score is 0; use "
+            "signed_mean"
         )
-    if gate.target_ratio is not None and (gate.map, gate.scope) != ("exp", "minibatch"):
+    if gate.scope == "microbatch" and needs_groups(config):
         raise InputError(
-            f"gate.target_ratio needs gate.map=exp and gate.scope=minibatch: got {gate.map} and "
-            f"{gate.scope}; drop one of the three"
+            "scope_opd weighs the rollouts of a problem against each other: gate.scope=microbatch would part "
+            "them; use gate.scope=minibatch"
         )

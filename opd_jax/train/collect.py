@@ -29,7 +29,7 @@ from opd_jax.rollout.score import (
 )
 from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
-from opd_jax.train.choices import wanted_extras
+from opd_jax.train.choices import needs_groups, wanted_extras
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
@@ -53,12 +53,16 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
     """Which rollouts of a round form which minibatch: ``[minibatches, rows]`` indices.
 
     Formed once a round and used for scoring and in every pass, so that `old` and `cur` are computed
-    on rows of the same composition.
+    on rows of the same composition. The rollouts of a prompt share a minibatch where something asked for
+    compares them with each other, and are spread over all of them elsewhere.
     """
-    count = config.sampling.prompts * config.sampling.samples
+    prompts, samples = config.sampling.prompts, config.sampling.samples
+    together = samples if needs_groups(config) else 1
+    count = prompts * samples // together
     seed = derived_seed(config.seed, "minibatches", round_)
     order = grain.MapDataset.range(count).shuffle(seed=seed)
-    shuffled = np.array([order[index] for index in range(count)])
+    drawn = np.array([order[index] for index in range(count)])
+    shuffled = drawn[:, None] * together + np.arange(together)
     return shuffled.reshape(config.schedule.minibatches, -1)
 
 

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from opd_jax.config import Config
 from opd_jax.method import (
     drift,
-    drift_weights,
     masked_sum,
     readings,
     segment_score,
@@ -23,15 +22,16 @@ from opd_jax.method import (
     topk_overlap,
 )
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.lora import on_top
 from opd_jax.model.sharding import batch_sharding, replicated
 from opd_jax.model.vocab import top_k_logprobs
 from opd_jax.train.choices import SEGMENTS
 from opd_jax.train.gradient import gradient_of
-from opd_jax.train.microbatches import gradient_in_parts, join, split
+from opd_jax.train.microbatches import fields_in_parts, gradient_in_parts, join, split, weights_of
 from opd_jax.types import Batch, Params
 
 Array = jax.Array
-Diagnose = Callable[[Params, Batch, Array], tuple[dict, dict]]
+Diagnose = Callable[[Params, Batch, Array, Params], tuple[dict, dict]]
 
 
 def without_gate(config: Config) -> Config:
@@ -46,12 +46,17 @@ def without_gate(config: Config) -> Config:
 
 
 def make_diagnosis(
-    model: Qwen3Config, config: Config, newline: Any, param_shardings: Any, mesh: Mesh
+    model: Qwen3Config,
+    config: Config,
+    newline: Any,
+    param_shardings: Any,
+    mesh: Mesh,
+    frozen_shardings: Any = None,
 ) -> Diagnose:
     """Compile the costly readings for one mesh.
 
     Returns:
-      ``diagnose(params, batch, update) -> (sums, structure sums)``, before the update is done; see
+      ``diagnose(params, batch, update, frozen) -> (sums, structure sums)``, before the update is done; see
       `diagnosis`.
     """
     newline = jnp.asarray(newline)
@@ -63,31 +68,37 @@ def make_diagnosis(
         k = part.signal.support_ids.shape[-1]
         return top_k_logprobs(params, part.rows, k, model, usable=len(newline)).ids
 
-    def diagnose(params: Params, batch: Batch, update: Array) -> tuple[dict, dict]:
+    def diagnose(params: Params, batch: Batch, update: Array, frozen: Params) -> tuple[dict, dict]:
         rows, signal = batch.rows, batch.signal
-        gradient, told = compute(params, batch, update, ungated, model, newline)
-        one = jnp.ones(())
+        gradient, told = compute(params, batch, update, ungated, model, newline, frozen)
+        one, whole = jnp.ones(()), on_top(frozen, params)
         if count == 1:
-            ids = overlap(params, batch)
+            ids = overlap(whole, batch)
         else:
-            ids = join(jax.lax.map(lambda part: overlap(params, part), split(batch, count)))
+            ids = join(jax.lax.map(lambda part: overlap(whole, part), split(batch, count)))
         sums = {
             "ungated_gradient_norm": (optax.tree.norm(gradient), one),
             "topk_overlap": topk_overlap(ids, signal.support_ids, rows.mask),
         }
         if signal.again is not None:
-            sums |= _null(batch, config, newline)
+            fields = fields_in_parts(params, batch, update, config, model, newline, frozen)
+            sums |= null_readings(batch, config, fields, newline)
         return sums, structure_sums(told.drift, rows.mask, sequence_ids=rows.sequence_ids)
 
     return jax.jit(
         diagnose,
-        in_shardings=(param_shardings, batch_sharding(mesh), None),
+        in_shardings=(param_shardings, batch_sharding(mesh), None, frozen_shardings or {}),
         out_shardings=replicated(mesh),
     )
 
 
-def _null(batch: Batch, config: Config, newline: Array) -> dict[str, tuple[Array, Array]]:
-    """The drift gate with no update between `old` and `cur`: what rounding alone does to it."""
+def null_readings(
+    batch: Batch, config: Config, fields: dict[str, Any], newline: Array
+) -> dict[str, tuple[Array, Array]]:
+    """The gate that the config asks for, with no update between `old` and `cur`: what rounding does to it.
+
+    What a weight reads besides these two is that of the student as it is.
+    """
     rows, signal, gate = batch.rows, batch.signal, config.gate
     d = drift(signal.again, signal.old, rows.mask)
     one = jnp.ones(())
@@ -95,25 +106,18 @@ def _null(batch: Batch, config: Config, newline: Array) -> dict[str, tuple[Array
         "null_drift_abs": masked_sum(jnp.abs(d), rows.mask),
         "null_drift_max": (jnp.max(jnp.abs(d)), one),
     }
-    if gate.segments == "none":
+    if gate.segments == "none" and not config.weights.members:
         return sums
-    segments = SEGMENTS[gate.segments](rows, gate, newline, d)
-    score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
-    _, w = drift_weights(
-        signal.again,
-        signal.old,
-        rows.mask,
-        segments,
-        tau=gate.tau,
-        statistic=gate.statistic,
-        map=gate.map,
-        floor=gate.floor,
-        scope=gate.scope,
-        sequence_ids=rows.sequence_ids,
-        eps=gate.eps,
-    )
+    segments = None
+    if gate.segments != "none":
+        segments = SEGMENTS[gate.segments](rows, gate, newline, d)
+        score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
+        sums["null_score"] = masked_sum(jnp.abs(score), rows.mask)
+    still = {**fields, "cur": signal.again, "segments": segments}
+    if "old_on_support" in fields:
+        still["cur_on_support"] = fields["old_on_support"]
+    _, w = weights_of(config, still, config.schedule.microbatches)
     return sums | {
-        "null_score": masked_sum(jnp.abs(score), rows.mask),
         "null_weight_min": (jnp.min(jnp.where(rows.mask, w, jnp.inf)), one),
         "null_weight_max": (jnp.max(w), one),
     }

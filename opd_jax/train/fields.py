@@ -11,6 +11,7 @@ from opd_jax.config import Config
 from opd_jax.keys import derived_seed
 from opd_jax.method import drift, topk_tail_loss
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.lora import on_top
 from opd_jax.model.vocab import readout
 from opd_jax.train.choices import SEGMENTS
 from opd_jax.types import Batch, Params
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 def read_fields(
-    params: Params, batch: Batch, config: Config, model: Qwen3Config, newline: Array
+    params: Params, batch: Batch, config: Config, model: Qwen3Config, newline: Array, frozen: Params
 ) -> dict[str, Any]:
     """One forward pass of the student over a batch, and everything that follows from it by name.
 
@@ -27,18 +28,19 @@ def read_fields(
     `opd_jax.method.family`.
 
     Args:
-      params: of the student.
+      params: of the student, those that are trained.
       batch: rows and signal, ``[B, T]``.
       config: sampling temperature and segments.
       model: the student's dimensions.
       newline: ``[V]`` bool, which ids end a line.
+      frozen: what the trained parameters are put on top of; empty where all are trained.
     """
     rows, signal = batch.rows, batch.signal
     asked = [rows.targets[..., None], signal.support_ids]
     if signal.student_ids is not None:
         asked.append(signal.student_ids)
     ids = jnp.concatenate(asked, axis=-1)
-    student = readout(params, rows, ids, model, temperature=config.sampling.temperature)
+    student = readout(on_top(frozen, params), rows, ids, model, temperature=config.sampling.temperature)
     on_support = slice(1, 1 + signal.support_ids.shape[-1])
     cur, mask = student.logprobs[..., 0], rows.mask
     fields = {
@@ -52,7 +54,6 @@ def read_fields(
         "student_logits_on_support": student.logits[..., on_support],
         "student_logprobs_on_support": student.logprobs[..., on_support],
         "teacher_logprobs_on_support": signal.support_logprobs,
-        "teacher_ids": signal.support_ids,
         "reward": signal.reward,
         "group": signal.group,
         "staleness": signal.staleness,
@@ -64,6 +65,8 @@ def read_fields(
     if signal.student_ids is not None:
         fields |= {
             "student_ids": signal.student_ids,
+            # Best first, so that the two sets of an overlap are of one size.
+            "teacher_ids": signal.support_ids[..., : signal.student_ids.shape[-1]],
             "cur_on_support": student.logprobs[..., on_support.stop :],
             "old_on_support": signal.student_old,
             "tea_on_support": signal.student_teacher,
@@ -75,8 +78,20 @@ def read_fields(
     return {name: value for name, value in fields.items() if value is not None or name == "segments"}
 
 
-def drawn_fields(config: Config, update: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-    """What is drawn anew for every update, from the seed and its number alone."""
+def drawn_fields(
+    config: Config, update: Array, shape: tuple[int, int], axis_name: str | None = None
+) -> dict[str, Array]:
+    """What is drawn anew for every update, from the seed and its number alone.
+
+    ``shape`` is that of the rows given; under shard_map or pmap they are one device's part of a batch
+    that is drawn for as a whole.
+    """
     key = jax.random.fold_in(jax.random.key(derived_seed(config.seed, "update")), update)
     shuffle, noise = jax.random.split(key)
-    return {"step": update, "key": shuffle, "noise": jax.random.uniform(noise, shape)}
+    if axis_name is None:
+        drawn = jax.random.uniform(noise, shape)
+    else:
+        rows, width = shape
+        whole = jax.random.uniform(noise, (rows * jax.lax.axis_size(axis_name), width))
+        drawn = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis_name) * rows, rows)
+    return {"step": update, "key": shuffle, "noise": drawn}

@@ -47,6 +47,7 @@ def gradient_of(
     config: Config,
     model: Qwen3Config,
     newline: Array,
+    frozen: Params,
     axis_name: str | None = None,
 ) -> tuple[Params, Readings]:
     """Gradient of the objective over a batch, and the readings of it.
@@ -54,10 +55,10 @@ def gradient_of(
     Under shard_map or pmap the batch is one device's part and ``axis_name`` the mapped axis; the
     gradient is then right after ``jax.lax.pmean``, and the readings are the part's own.
     """
-    drawn = drawn_fields(config, update, batch.rows.targets.shape)
+    drawn = drawn_fields(config, update, batch.rows.targets.shape, axis_name)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, Any]:
-        fields = read_fields(params, batch, config, model, newline) | drawn
+        fields = read_fields(params, batch, config, model, newline, frozen) | drawn
         result = objective(
             fields["cur"],
             fields["old"],

@@ -6,6 +6,7 @@ between them lies on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,18 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
+from opd_jax.method import special_tokens_out
 from opd_jax.model import save_pretrained
+from opd_jax.model.lora import merge_lora, save_adapter
+from opd_jax.model.sharding import on_mesh
+from opd_jax.processes import agreed, is_first
 from opd_jax.rollout.score import batch_of
-from opd_jax.tasks import copy_tokenizer
+from opd_jax.tasks import TOKENIZER_FILES
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round, score_round
 from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
 from opd_jax.train.run import Run
+from opd_jax.types import Rows
 
 Report = Callable[[dict], None]  # called after every update with its line of metrics
 
@@ -72,6 +80,7 @@ def do_part(run: Run, part: str, report: Report, stop: Stop) -> None:
 
 
 def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
+    stop = agreed(stop)
     if stop():
         raise Interrupted
     began, round_ = time.monotonic(), _round_of(run, part)
@@ -84,7 +93,8 @@ def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
             else:
                 train_round(run, report, stop)
     finally:
-        append_timing(run.timings_file, part, round_, began)
+        if is_first():
+            append_timing(run.timings_file, part, round_, began)
 
 
 def _round_of(run: Run, part: str) -> int:
@@ -101,6 +111,7 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     first = int(run.state.update)
     round_ = first // schedule.updates_per_round
     check_extras(run, round_)
+    run.make_room("state")
     rollouts = run.scored.read(round_)
     drawn_at = run.rollouts.shard(round_)["update"]
     staleness = round_ - drawn_at // schedule.updates_per_round
@@ -113,20 +124,53 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         pass_, minibatch = divmod(position, schedule.minibatches)
         members = [rollouts[index] for index in plan[minibatch]]
         batch = batch_of(members, run.width, staleness=staleness, old_source=config.loss.old_source)
+        counted = dataclasses.replace(batch, rows=counted_rows(run, batch.rows))
+        placed = on_mesh(counted, run.mesh)
         line: dict[str, Any] = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
-        if config.log.diagnose_every and update % config.log.diagnose_every == 0:
-            told = run.diagnose(run.state.params, batch, run.state.update)
+        if is_diagnosed(config, update):
+            told = run.diagnose(run.state.params, placed, run.state.update, run.frozen)
             line["diagnosis"] = diagnosis(told)
-        run.state, readings = run.train_step(run.state, batch)
+        run.state, readings = run.train_step(run.state, placed, run.frozen)
         line |= as_line(readings)
         _check_finite(run, line)
-        append_line(run.metrics_file, line)
+        if is_first():
+            append_line(run.metrics_file, line)
         report(line)
     keep = config.log.rows
-    if keep:
+    if keep and is_first():
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
         write_tokens(path, members[:keep], batch.rows.mask, readings)
     run.checkpoints.save(run.state)
+
+
+def is_diagnosed(config: Config, update: int) -> bool:
+    """True at the last update of a round that has a multiple of ``log.diagnose_every`` among its updates.
+
+    That is where drift is largest; at a round's first update there is none to diagnose.
+    """
+    every, in_round = config.log.diagnose_every, config.schedule.updates_per_round
+    return every > 0 and (update + 1) % in_round == 0 and update % every < in_round
+
+
+def counted_rows(run: Run, rows: Rows) -> Rows:
+    """Rows whose mask holds what is trained on: with ``loss.special_tokens``, not all of the response."""
+    special = run.config.loss.special_tokens
+    if special == "keep":
+        return rows
+    mask = special_tokens_out(
+        rows.targets,
+        rows.mask,
+        special_ids(run),
+        first_only=special == "first_out",
+        sequence_ids=rows.sequence_ids,
+    )
+    return dataclasses.replace(rows, mask=np.asarray(mask))
+
+
+def special_ids(run: Run) -> tuple[int, ...]:
+    """Ids of the tokenizer's special tokens but for those that end a response: stopping is trained."""
+    ends = {run.tokenizer.eos_token_id, run.model.eos_token_id}
+    return tuple(sorted(set(run.tokenizer.all_special_ids) - ends))
 
 
 def check_extras(run: Run, round_: int) -> None:
@@ -158,6 +202,11 @@ def _check_finite(run: Run, line: dict[str, Any]) -> None:
 def export_student(run: Run) -> Path:
     """Write the student as it is now, with its tokenizer, in Hugging Face format."""
     folder = run.folder / "student"
-    save_pretrained(folder, run.model, run.state.params)
-    copy_tokenizer(run.student_folder, folder)
+    run.make_room("policy")
+    params = merge_lora(run.base, run.state.params, run.lora) if run.lora else run.state.params
+    beside = [run.student_folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    save_pretrained(folder, run.model, params, beside=beside)
+    if run.lora:
+        base = str(run.student_folder)
+        save_adapter(run.folder / "adapter", run.model, run.state.params, run.lora, base=base)
     return folder

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.config import Config
-from opd_jax.method import EPS, Share, divisor, drift_weights, masked, merge, rescale, share, token_share
+from opd_jax.method import Share, divisor, drift_weights, masked, merge, rescale, share, token_share
 from opd_jax.model.config import Qwen3Config
 from opd_jax.train.choices import base_loss, gate_options, is_linear
 from opd_jax.train.fields import drawn_fields, read_fields
@@ -23,23 +23,74 @@ Array = jax.Array
 
 
 def gradient_in_parts(
-    params: Params, batch: Batch, update: Array, config: Config, model: Qwen3Config, newline: Array
+    params: Params,
+    batch: Batch,
+    update: Array,
+    config: Config,
+    model: Qwen3Config,
+    newline: Array,
+    frozen: Params,
 ) -> tuple[Params, Readings]:
     """`gradient_of` with ``schedule.microbatches`` parts of the batch in memory one after another."""
     count = config.schedule.microbatches
+    parts, read_part = _parts(batch, update, config, model, newline, frozen)
+    sweep = _in_one_sweep if is_linear(config) else _in_two_sweeps
+    gradient, loss, fields = sweep(params, parts, config, read_part)
+    return gradient, read(config, fields, loss, *weights_of(config, fields, count))
+
+
+def fields_in_parts(
+    params: Params,
+    batch: Batch,
+    update: Array,
+    config: Config,
+    model: Qwen3Config,
+    newline: Array,
+    frozen: Params,
+) -> dict[str, Any]:
+    """All that losses and weights may ask for of a minibatch, detached, read part by part."""
+    parts, read_part = _parts(batch, update, config, model, newline, frozen)
+    return _forward(params, parts, read_part)
+
+
+def _parts(
+    batch: Batch, update: Array, config: Config, model: Qwen3Config, newline: Array, frozen: Params
+) -> tuple[Any, Any]:
+    """Parts of a batch, and the function that reads the fields of one."""
     drawn = drawn_fields(config, update, batch.rows.targets.shape)
     noise = drawn.pop("noise")
-    sweep = _in_one_sweep if is_linear(config) else _in_two_sweeps
 
     def read_part(params: Params, part: tuple[Batch, Array]) -> dict[str, Any]:
-        fields = read_fields(params, part[0], config, model, newline)
+        fields = read_fields(params, part[0], config, model, newline, frozen)
         return {**fields, **drawn, "noise": part[1]}
 
-    gradient, loss, fields = sweep(params, split((batch, noise), count), config, read_part)
-    d, w = drift_weights(
-        fields["cur"], fields["old"], fields["mask"], fields["segments"], **gate_options(config, fields)
-    )
-    return gradient, read(config, fields, loss, d, w)
+    return split((batch, noise), config.schedule.microbatches), read_part
+
+
+def _forward(params: Params, parts: Any, read_part: Any) -> dict[str, Any]:
+    def sweep(_: None, part: Any) -> tuple[None, dict]:
+        return None, read_part(params, part)
+
+    _, swept = jax.lax.scan(sweep, None, parts)
+    return _joined(_kept(swept))
+
+
+def weights_of(config: Config, fields: dict[str, Any], count: int = 1) -> tuple[Array, Array]:
+    """Drift and weights ``[B, T]`` of a minibatch of fields, computed in ``count`` micro-batches.
+
+    With ``gate.scope=microbatch``, and only then, each of them is by itself in all that makes a weight.
+    """
+
+    def weights(fields: dict[str, Any]) -> tuple[Array, Array]:
+        return drift_weights(
+            fields["cur"], fields["old"], fields["mask"], fields["segments"], **gate_options(config, fields)
+        )
+
+    if count == 1 or config.gate.scope != "microbatch":
+        return weights(fields)
+    shared = {name: fields[name] for name in _SCALARS}
+    parts = split({name: value for name, value in fields.items() if name not in (*shared, *_SUMS)}, count)
+    return join(jax.lax.map(lambda part: weights(part | shared), parts))
 
 
 def split(tree: Any, count: int) -> Any:
@@ -91,16 +142,11 @@ def _in_one_sweep(params: Params, parts: Any, config: Config, read_part: Any) ->
 
 
 def _in_two_sweeps(params: Params, parts: Any, config: Config, read_part: Any) -> tuple[Params, Array, dict]:
-    def forward(_: None, part: Any) -> tuple[None, dict]:
-        return None, read_part(params, part)
-
-    _, swept = jax.lax.scan(forward, None, parts)
-    fields = _joined(_kept(swept))
-    _, w = drift_weights(
-        fields["cur"], fields["old"], fields["mask"], fields["segments"], **gate_options(config, fields)
-    )
+    fields = _forward(params, parts, read_part)
+    _, w = weights_of(config, fields, config.schedule.microbatches)
     each = token_share(fields["mask"], reduction=config.loss.reduction, sequence_ids=fields["sequence_ids"])
-    by = jnp.sum(each) + EPS
+    count = jnp.sum(each)
+    by = jnp.where(count > 0, count, 1.0)
 
     def loss(params: Params, part: Any, weight: Array) -> Array:
         fields = read_part(params, part)

@@ -7,10 +7,12 @@ import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.files import read_text, write_text
+from opd_jax.processes import is_first, wait_for_all
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import encode_prompt
 from opd_jax.train.choices import check_choices
@@ -94,9 +96,11 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
                 f"{length}; drop it" + (", or raise sampling.max_prompt" if length else "")
             )
     identity = json.dumps(run.identity, indent=1) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "identity.json", identity)
-    save_config(config, file)
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "identity.json", identity)
+        save_config(config, file)
+    wait_for_all(f"made {folder}")
     return run
 
 
@@ -109,13 +113,10 @@ def exclusive(run: Run) -> Iterator[None]:
     Raises:
       InputError: another process is at it.
     """
-    with (run.folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"one process at a time works on a run: {run.folder} is in use; wait, or name a new folder"
-            ) from None
+    with contextlib.ExitStack() as stack:
+        if is_first():  # of the processes of one run, which then keeps other runs out
+            _lock(stack.enter_context((run.folder / ".lock").open("w")), run.folder)
+        wait_for_all(f"locked {run.folder}")
         # Whatever was read before the lock was ours may have moved on since.
         if "checkpoints" in vars(run):
             run.checkpoints.close()
@@ -123,9 +124,20 @@ def exclusive(run: Run) -> Iterator[None]:
             vars(run).pop(name, None)
         run.writing = True
         try:
-            save_config(run.config, run.folder / "config.yaml")
-            drop_lines_from(run.metrics_file, int(run.state.update))
-            mend_lines(run.timings_file)
+            update = int(run.state.update)
+            if is_first():
+                save_config(run.config, run.folder / "config.yaml")
+                drop_lines_from(run.metrics_file, update)
+                mend_lines(run.timings_file)
             yield
         finally:
             run.writing = False
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"one process at a time works on a run: {folder} is in use; wait, or name a new folder"
+        ) from None

@@ -41,7 +41,7 @@ def make_mapped_update(
 
     def update(state: TrainState, part: Batch) -> tuple[TrainState, Array]:
         gradient, readings = gradient_of(
-            state.params, part, state.update, config, model, newline, axis_name=AXIS
+            state.params, part, state.update, config, model, newline, {}, axis_name=AXIS
         )
         # The loss is summed over the axis; what differentiation makes of that sum differs between pmap
         # (the part's own gradient, times the devices) and shard_map (the whole one on each): the mean

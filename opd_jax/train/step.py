@@ -75,7 +75,7 @@ def make_train_step(
     compute = gradient_of if config.schedule.microbatches == 1 else gradient_in_parts
 
     def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Readings]:
-        gradient, readings = compute(state.params, batch, state.update, config, model, newline)
+        gradient, readings = compute(state.params, batch, state.update, config, model, newline, frozen)
         readings.sums["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
         return apply_gradient(state, gradient, optimizer), readings
 

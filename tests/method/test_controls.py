@@ -23,7 +23,7 @@ from opd_jax.method import (
 from tests.method.batches import LENGTH, SHAPE, close, compiled, few, masks, nats, packings, typical, wild
 from tests.oracle import controls as oracle
 from tests.oracle import gates
-from tests.oracle.segments import members
+from tests.oracle.segments import members, sequences
 
 DRAWN = (shuffled, random)
 seeds = st.integers(0, 2**32 - 1)
@@ -124,6 +124,38 @@ def test_permuting_rows_permutes_arms_that_draw_nothing(cur, mask, score, order)
     whole, permuted = found(cur, mask, score), found(cur[order], mask[order], score[order])
     for name in ("constant", "inverse", "position_mean", "disagreement"):
         np.testing.assert_allclose(permuted[name], whole[name][order], rtol=1e-6)
+
+
+@few
+@given(typical(-2, 0), packings(), seeds)
+def test_sequences_that_share_a_row_are_sequences(cur, packing, seed):
+    """At one's own place in the response: a packed batch and its sequences in rows of their own agree."""
+    mask, ids = packing
+    segments = np.asarray(compiled(fixed_blocks, size=2)(mask, sequence_ids=ids))
+    g = np.asarray(compiled(relative_gate)(cur, 0 * cur, mask, segments))
+    own = np.full(SHAPE, -1)
+    for b, where in sequences(mask, ids):
+        own[b, where] = segments[b, where] - segments[b, where[0]]
+    close(
+        compiled(position_mean)(g, mask, segments, sequence_ids=ids), oracle.position_mean(g, segments, own)
+    )
+    drawn = compiled(shuffled)(g, mask, segments, jax.random.key(seed), sequence_ids=ids)
+    before, after = by_segment(g, segments), by_segment(drawn, segments)
+    place = {key: int(x) for key, x in by_segment(own, segments).items()}
+    for number in set(place.values()):
+        there = [sorted(v for key, v in x.items() if place[key] == number) for x in (before, after)]
+        assert there[0] == there[1]
+
+
+def test_a_gate_may_come_from_any_sequence_of_any_row():
+    mask, ids = jnp.ones((2, 4)), jnp.array([[5, 5, 9, 9], [1, 1, 2, 2]])
+    segments = fixed_blocks(mask, 1, sequence_ids=ids)
+    g = jnp.arange(8.0).reshape(2, 4)
+    keys = jax.random.split(jax.random.key(1), 1000)
+    drawn = jax.jit(jax.vmap(lambda key: shuffled(g, mask, segments, key, sequence_ids=ids)))(keys)
+    values, counts = np.unique(np.asarray(drawn)[:, 0, 2], return_counts=True)
+    np.testing.assert_array_equal(values, [0, 2, 4, 6])
+    np.testing.assert_allclose(counts, 250, rtol=0.2)
 
 
 def test_no_gradient_flows_through_arms():

@@ -44,7 +44,7 @@ def test_needs_are_the_parameters_without_a_default():
 
 def test_every_member_needs_fields_that_the_interface_names():
     named = {word.strip(",.`") for word in inspect.getdoc(inspect.getmodule(call)).split()}
-    open_constants = {"kl_weight", "gold_weight", "sign_tau", "start", "growth", "every", "rate", "threshold"}
+    open_constants = {"kl_weight", "gold_weight", "tau", "start", "growth", "every", "rate", "threshold"}
     computed = {"base", "a", "gold", "kl_to_reference", "student_logits", "teacher_logits"}
     for member in (*LOSSES, *WEIGHTS.values()):
         assert set(needs(member)) <= named | open_constants | computed, member.__name__

@@ -13,6 +13,7 @@ from opd_jax.method import (
     STATISTICS,
     drift,
     drift_gate,
+    drift_weights,
     every_token,
     fixed_blocks,
     gate,
@@ -215,6 +216,55 @@ def test_weights_of_huge_drift_by_hand(size):
     # The hard map keeps what drifted least, though all are beyond 1 / tau.
     w = drift_gate(cur.at[2:].set(2.0), jnp.zeros(SHAPE), ones, fixed_blocks(ones, 3), map="hard")
     np.testing.assert_allclose(w, jnp.where(cur.at[2:].set(2.0) == 0, 8.0, 0.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scope", "shape"), [("minibatch", (1, 2**19)), ("sequence", (32, 2**14))])
+def test_the_mean_is_one_over_half_a_million_tokens(scope, shape):
+    """As many as the paper's step has; in the first a single token, which did not drift, holds all weight."""
+    mask, old = np.ones(shape, bool), np.zeros(shape, np.float32)
+    cur = np.full(shape, 50, np.float32)
+    cur[:, 7] = 0
+    w = np.asarray(drift_gate(cur, old, mask, every_token(mask), scope=scope), np.float64)
+    np.testing.assert_allclose(w.sum(1), mask.sum(1), rtol=1e-5)
+    cur = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    w = np.asarray(drift_gate(cur, old, mask, fixed_blocks(mask, 64), scope=scope), np.float64)
+    np.testing.assert_allclose(w.sum(1), mask.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_empty_scope_is_zero_without_any_eps(scope):
+    mask = np.array([[1, 1, 1], [0, 0, 0]])
+    cur, old = np.float32([[1, 2, 3], [np.nan, np.inf, 1]]), np.zeros((2, 3), np.float32)
+    for inside in (mask, 0 * mask):
+        w, slope = jax.value_and_grad(
+            lambda x, m=inside: jnp.sum(drift_weights(cur, old, m, every_token(m), scope=scope, others=x)[1])
+        )(jnp.ones((2, 3)))
+        np.testing.assert_allclose(w, inside.sum(), rtol=1e-6)
+        chex.assert_tree_all_finite(slope)
+    w = drift_gate(cur, old, mask, every_token(mask), scope=scope, eps=0.5)
+    gbar = np.exp(-np.arange(3.0)).sum() / (3.5)
+    close(w[0], np.exp(-np.arange(3.0)) / (gbar + 0.5))
+
+
+@few
+@given(wild, packings(), masks, st.sampled_from(["exp", "clipped_exp", "hard"]), scopes)
+def test_what_other_weights_drop_is_no_measure_for_the_rest(cur, packing, kept, map, scope):
+    mask, ids = packing
+    others = np.where(kept, 0.7, 0.0).astype(np.float32)
+    segments = compiled(fixed_blocks, size=3)(mask, sequence_ids=ids)
+    function = compiled(drift_weights, map=map, scope=scope)
+    _, w = function(cur, 0 * cur, mask, segments, sequence_ids=ids, others=others)
+    assert np.min(w) >= 0
+    for positions in oracle.scopes(mask, scope, ids):
+        if any(kept[at] for at in positions):
+            np.testing.assert_allclose(sum(float(w[at]) for at in positions), len(positions), rtol=1e-5)
+
+
+def test_dropping_the_least_drifted_segment_by_hand():
+    cur, mask = jnp.array([[0.0, 0.0, 200.0, 200.0, 200.0, 200.0 + np.log(2)]]), jnp.ones((1, 6))
+    others = jnp.array([[0.0, 0.0, 1.0, 1.0, 0.5, 1.0]])
+    _, w = drift_weights(cur, 0 * cur, mask, every_token(mask), others=others)
+    np.testing.assert_allclose(w, np.array([[0, 0, 2, 2, 1, 1]]), rtol=1e-4)  # times 6 / 6
 
 
 def test_equal_drift_stays_equal_when_long_sums_round():

@@ -209,6 +209,32 @@ def test_a_surrogate_reads_nothing_behind_the_mask():
     reads_nothing_behind_the_mask(loss)
 
 
+ON_SUPPORT = (topk_loss, topk_unrenormalised_loss, topk_tail_loss, topk_generalised_loss)
+
+
+@pytest.mark.parametrize("loss", ON_SUPPORT)
+def test_an_id_that_the_student_excludes_adds_nothing(loss):
+    log_p, log_q = np.log(np.float32([[[0.3, 0.2, 0.1]]])), np.log(np.float32([[[0.2, 0.3, 0.4]]]))
+    log_p[..., 2] = -80
+    without, slope = with_slopes(loss)(log_p, log_q)
+    log_p[..., 2] = -np.inf
+    got, got_slope = with_slopes(loss)(log_p, log_q)
+    close(got, without)
+    close(got_slope, slope)
+    assert got_slope[0, 0, 2] == 0
+
+
+def test_an_id_that_student_and_behaviour_exclude_has_no_surrogate():
+    log_p = np.float32([[[-0.1, -2.0, -np.inf]]])
+    log_q = np.log(np.float32([[[0.2, 0.3, 0.4]]]))
+    for advantage in ("old", "cur"):
+        got = with_slopes(student_topk_loss, advantage=advantage)(log_p, log_p, log_q)
+        chex.assert_tree_all_finite(got)
+        want = with_slopes(student_topk_loss, advantage=advantage)(np.maximum(log_p, -80), log_p, log_q)
+        close(got[0], want[0])
+    assert got[1][0, 0, 2] == 0
+
+
 class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     def test_under_jit_without_and_under_pmap(self):

@@ -218,3 +218,13 @@ def test_nonsense_is_refused():
         objective(*arrays, None, reduction="mean")
     with pytest.raises(ValueError, match="scope must be"):
         objective(*arrays, None, scope="batch")
+
+
+def test_a_mask_says_in_or_out_whatever_its_numbers():
+    base = jnp.arange(12.0).reshape(2, 6)
+    mask = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    for kind in (2, 0.5, -1):
+        np.testing.assert_array_equal(token_mean(base, kind * mask), token_mean(base, mask))
+        for reduction in ("token_mean", "seq_mean_token_mean"):
+            got, want = (weighted_loss(base, base, m, reduction=reduction) for m in (kind * mask, mask))
+            np.testing.assert_array_equal(got, want)

@@ -17,6 +17,8 @@ from opd_jax.method import (
     newline_spans,
     segment_largest,
     segment_total,
+    special_tokens_out,
+    token_share,
     whole_sequence,
 )
 from tests.method.batches import LENGTH, SHAPE, compiled, few, fewer, floats, masks, packings, typical
@@ -153,6 +155,31 @@ def test_the_last_of_many_sequences_is_not_mixed_with_the_padding():
     np.testing.assert_array_equal(
         segment_largest(jnp.array([[-5.0, 0.0, -7.0]]), ids.at[0, 1].set(-1)), [[-5, 0, -7]]
     )
+
+
+@few
+@given(packings())
+def test_sequences_may_be_numbered_in_any_way(packing):
+    mask, ids = packing
+    want = token_share(mask, reduction="seq_mean_token_mean", sequence_ids=ids)
+    for other in (ids + 1000, -ids, ids * 10**6):
+        got = token_share(mask, reduction="seq_mean_token_mean", sequence_ids=other.astype(np.int32))
+        np.testing.assert_array_equal(got, want)
+
+
+@few
+@given(packings(), typical(0, 4))
+def test_special_tokens_leave_the_mask(packing, drawn):
+    mask, ids = packing
+    targets = drawn.astype(np.int32)  # of 0 to 3
+    for first_only in (True, False):
+        want = mask.copy()
+        for b, where in oracle.sequences(mask, ids):
+            for special in (1, 3):
+                here = [t for t in where if targets[b, t] == special]
+                want[b, here[:1] if first_only else here] = False
+        got = special_tokens_out(targets, 2 * mask, (1, 3), first_only=first_only, sequence_ids=ids)
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_first_response_token_is_that_of_its_sequence():

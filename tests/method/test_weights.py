@@ -21,6 +21,7 @@ from opd_jax.method import (
     popd,
     prune,
     scope_opd,
+    sg_opd,
     tip,
     token_is,
 )
@@ -44,6 +45,7 @@ from tests.oracle.segments import sequences
 
 # What the sources leave open, set to something.
 OPTIONS = {name: {} for name in WEIGHTS} | {
+    "sg_opd": {"tau": 0.5},
     "popd": {"start": 2, "growth": 1, "every": 2},
     "f_opd": {"rate": 0.5, "threshold": 0.1},
 }
@@ -94,6 +96,23 @@ def test_iw_opd_weighs_before_the_disagreement(old, tea, packing):
     for own in (None, ids):
         got = compiled(iw_opd, largest=1.7)(old, tea, mask, sequence_ids=own)
         close(got, oracle.iw_opd(old, tea, mask, 1.7, own))
+
+
+def test_prune_compares_sets_of_one_size():
+    ids = jnp.ones((1, 2, 3), int)
+    with pytest.raises(ValueError, match=r"of one size overlap by a share: got \(3, 2\)"):
+        prune(ids, ids[..., :2], jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize("tau", [0.3, 10.0])
+@fewer
+@given(nats, nats, packings())
+def test_sg_opd_bounds_the_pull_of_a_token_and_has_mean_one_once_normalised(tau, old, tea, packing):
+    mask, _ = packing
+    w = np.asarray(compiled(sg_opd, tau=tau)(old, tea, mask))
+    a = abs(tea.astype(float) - old)
+    close(w, np.where(mask, np.where(a > tau, tau / np.where(a > 0, a, 1), 1), 0))
+    np.testing.assert_allclose(np.sum(normalise(w, mask)), mask.sum(), rtol=1e-5)
 
 
 @few

@@ -16,14 +16,14 @@ def inverse(g, mask) -> np.ndarray:
     return out
 
 
-def position_mean(g, segments) -> np.ndarray:
-    """The mean over rows of the gates at a segment's own number, each segment counted once."""
-    out = np.zeros(g.shape)
+def position_mean(g, segments, places=None) -> np.ndarray:
+    """The mean of the gates at a segment's place in its sequence, each segment counted once."""
+    out, places = np.zeros(g.shape), segments if places is None else places
     at_number: dict[int, list[float]] = {}
     for b, where in members(segments):
-        at_number.setdefault(int(segments[b, where[0]]), []).append(float(g[b, where[0]]))
+        at_number.setdefault(int(places[b, where[0]]), []).append(float(g[b, where[0]]))
     for b, where in members(segments):
-        out[b, where] = mean(at_number[int(segments[b, where[0]])])
+        out[b, where] = mean(at_number[int(places[b, where[0]])])
     return out
 
 

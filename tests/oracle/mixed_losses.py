@@ -31,12 +31,11 @@ def trust_region(base, cur, tea, log_p, log_q, noise) -> np.ndarray:
     return positions(one, base, cur, tea, log_p, log_q, noise)
 
 
-def sign_gated_advantage(old, tea, ref, reward, tau, extrapolation, conflict) -> np.ndarray:
+def sign_gated_advantage(old, tea, ref, reward, extrapolation, conflict) -> np.ndarray:
     def one(old, tea, ref, reward):
         a = tea - old
         agree = a > 0 if reward > 0 else a < 0
-        signal = (ref - old) + extrapolation * (tea - ref) if agree else conflict * a
-        return signal * (min(1.0, tau / abs(a)) if a else 1.0)
+        return (ref - old) + extrapolation * (tea - ref) if agree else conflict * a
 
     return positions(one, old, tea, ref, reward)
 

@@ -1,17 +1,29 @@
 """The loop: what the first update sees, and that parts, interruptions and arms agree to the bit."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted
 from opd_jax.model import load_pretrained
+from opd_jax.rollout import make_rows
 from opd_jax.train.collect import draws_of_round, minibatch_plan, score_round
-from opd_jax.train.loop import check_extras, distill, do_part, export_student, next_part
+from opd_jax.train.loop import (
+    check_extras,
+    counted_rows,
+    distill,
+    do_part,
+    export_student,
+    is_diagnosed,
+    next_part,
+    special_ids,
+)
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import exclusive, open_run
 from opd_jax.train.run import Run
@@ -146,21 +158,87 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
 
 
 def test_a_round_must_hold_what_training_asks_for_but_not_what_logging_does(tmp_path):
-    run = open_run(tmp_path / "run", tiny_config("--schedule.rounds=1"))
+    once = ("--schedule.rounds=1", "--schedule.passes=1", "--schedule.minibatches=1")
+    run = open_run(tmp_path / "run", tiny_config(*once))
     for part in ("sample", "score"):
         do_part(run, part, ignore, never)
     assert run.scored.shard(0)["extras"] == []
-    asking = Run(run.folder, tiny_config("--schedule.rounds=1", "--gate.control=noise"))
+    asking = Run(run.folder, tiny_config(*once, "--gate.control=noise"))
     with pytest.raises(InputError, match=r"gate\.control=noise needs again, round 0 .* has none such"):
         check_extras(asking, 0)
-    run = open_run(run.folder, tiny_config("--schedule.rounds=1", "--log.diagnose_every=2"))
+    run = open_run(run.folder, tiny_config(*once, "--log.diagnose_every=2"))
     do_part(run, "train", ignore, never)
-    told = [line.get("diagnosis") for line in read_lines(run.metrics_file)]
-    assert [bool(one) for one in told] == [True, False, True, False]
-    assert "null_drift_abs" not in told[0]
-    assert told[0]["ungated_gradient_norm"] == pytest.approx(
-        read_lines(run.metrics_file)[0]["gradient_norm"], rel=1e-5
+    [line] = read_lines(run.metrics_file)  # without drift: gate or none, the same
+    assert "null_drift_abs" not in line["diagnosis"]
+    assert line["diagnosis"]["ungated_gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-5)
+
+
+def test_a_round_is_diagnosed_where_drift_is_largest(tmp_path):
+    """With the default's two updates a round and one diagnosis in ten, the paper's readings are there."""
+    default = Config()
+    assert (default.schedule.passes, default.schedule.minibatches, default.log.diagnose_every) == (2, 1, 10)
+    shape = ("--schedule.passes=2", "--schedule.minibatches=1", "--log.diagnose_every=10")
+    run = open_run(tmp_path / "run", tiny_config(*shape, "--schedule.rounds=1"))
+    distill(run, ignore, never)
+    first, last = read_lines(run.metrics_file)
+    assert "diagnosis" not in first
+    told = last["diagnosis"]
+    assert {"1", "8"} <= set(told["autocorrelation"])
+    assert set(told["block_variance"]) == set(told["cancellation"])
+    assert 0 < told["cancellation"]["16"] < told["cancellation"]["1"]
+    assert told["ungated_gradient_norm"] != pytest.approx(last["gradient_norm"], rel=1e-5)
+    assert told["null_drift_max"] < last["drift_max"]
+
+
+@pytest.mark.parametrize(
+    ("updates", "every", "want"),
+    [
+        ((2, 1), 10, [1, 11, 21, 31]),
+        ((2, 4), 20, [7, 23]),  # rounds of updates 0 to 7 and 16 to 23
+        ((2, 4), 3, [7, 15, 23, 31]),
+        ((1, 1), 3, [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),
+        ((2, 1), 0, []),
+    ],
+)
+def test_which_rounds_are_diagnosed(updates, every, want):
+    passes, minibatches = updates
+    overrides = (
+        f"--schedule.passes={passes} --schedule.minibatches={minibatches} --log.diagnose_every={every}"
     )
+    config = tiny_config(*overrides.split())
+    assert [update for update in range(32) if is_diagnosed(config, update)] == want
+
+
+def test_special_tokens_leave_the_mask_but_not_the_record(finished, tmp_path, monkeypatch):
+    config = tiny_config("--schedule.rounds=1", "--loss.special_tokens=all_out")
+    run = open_run(tmp_path / "run", config)
+    assert special_ids(run) == ()  # the lab's only one ends a response
+    [newline] = run.tokenizer.encode("\n")
+    monkeypatch.setattr("opd_jax.train.loop.special_ids", lambda run: (newline,))
+    distill(run, ignore, never)
+    plan, rollouts = minibatch_plan(config, 0), run.scored.read(0)
+    for line, whole in zip(read_lines(run.metrics_file), read_lines(finished.metrics_file), strict=False):
+        members = [rollouts[index] for index in plan[line["minibatch"]]]
+        lines = sum(int((rollout.response_ids == newline).sum()) for rollout in members)
+        assert line["tokens"] == whole["tokens"] - lines
+        assert lines > 10
+    [file] = (run.folder / "tokens").iterdir()
+    table = pq.read_table(file).to_pylist()
+    for row in table:
+        weights = np.asarray(row["weights"])
+        np.testing.assert_array_equal(weights == 0, np.asarray(row["response_ids"]) == newline)
+
+
+def test_special_tokens_are_the_tokenizers_but_for_ends(finished):
+    stub = SimpleNamespace(
+        tokenizer=SimpleNamespace(all_special_ids=[9, 3, 0, 7], eos_token_id=9),
+        model=SimpleNamespace(eos_token_id=0),
+        config=tiny_config("--loss.special_tokens=first_out"),
+    )
+    assert special_ids(stub) == (3, 7)
+    rows = make_rows([[1]], [[7, 3, 7, 9]], 5)
+    np.testing.assert_array_equal(counted_rows(stub, rows).mask, [[0, 0, 1, 1, 0]])
+    assert counted_rows(finished, rows) is rows
 
 
 def test_where_and_how_long_a_run_is_computed_may_change(finished, tmp_path):
@@ -302,6 +380,20 @@ def test_minibatches_split_a_round_and_differ_between_rounds():
         assert plan.shape == (2, 8)
         assert sorted(plan.ravel()) == list(range(16))
     assert not np.array_equal(*plans)
+
+
+def test_rollouts_that_are_compared_share_a_minibatch():
+    config = tiny_config("--weights.members=[scope_opd]")
+    plans = [minibatch_plan(config, round_) for round_ in range(4)]
+    for plan in plans:
+        assert sorted(plan.ravel()) == list(range(16))
+        for minibatch in plan:
+            problems, counts = np.unique(minibatch // 4, return_counts=True)
+            assert len(problems) == 2
+            assert (counts == 4).all()
+    assert any(not np.array_equal(plans[0], plan) for plan in plans)
+    apart = np.unique(minibatch_plan(tiny_config(), 0)[0] // 4, return_counts=True)[1]
+    assert not (apart == 4).all()
 
 
 def test_sampler_and_trainer_agree(finished):

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax.model import parameter_table
+from opd_jax.model.sharding import on_mesh
 from opd_jax.rollout.score import batch_of
 from opd_jax.train.collect import minibatch_plan
 from opd_jax.train.opening import open_run
@@ -23,8 +25,8 @@ def test_more_devices_give_the_same_updates(finished, tmp_path, mesh):
     batch = batch_of(members, run.width)
 
     def three_updates(run):
-        params = run.base[1]
-        shardings = state_shardings(run.model, run.optimizer, params, run.mesh)
+        params = run.base
+        shardings = state_shardings(parameter_table(run.model), run.optimizer, run.mesh)
         fresh = init_state(jax.tree.map(jax.numpy.copy, params), run.optimizer)
         state = jax.device_put(fresh, shardings)
         step = make_train_step(
@@ -33,7 +35,7 @@ def test_more_devices_give_the_same_updates(finished, tmp_path, mesh):
         lines = []
         with jax.set_mesh(run.mesh):
             for _ in range(3):
-                state, readings = step(state, batch)
+                state, readings = step(state, on_mesh(batch, run.mesh), {})
                 lines.append(jax.device_get(readings.sums))
         return state, lines
 

@@ -27,7 +27,7 @@ def scored(tmp_path_factory):
     config = tiny_config(
         f"--sampling.temperature={TEMPERATURE}",
         "--schedule.rounds=1",
-        "--weights.members=[prune]",
+        "--gate.control=oracle",
         "--log.diagnose_every=10",
         "--loss.top_k=1",
     )
@@ -52,7 +52,9 @@ def of_ids(logprobs, ids):
 def test_scores_are_log_probs_at_the_sampling_temperature(scored):
     batch = batch_of(scored.scored.read(0), scored.width)
     rows, signal, m = batch.rows, batch.signal, batch.rows.mask
-    student, teacher = (dense(*model, rows) for model in (scored.base, scored.teacher))
+    student, teacher = (
+        dense(*model, rows) for model in ((scored.model, scored.base), (scored.teacher_model, scored.teacher))
+    )
     assert m.sum() > 100
     for got, want in (
         (signal.old, of_ids(student, rows.targets[..., None])[..., 0]),
@@ -101,10 +103,10 @@ def test_a_step_is_the_printed_formulas(scored, tmp_path, gate, loss):
     batch = batch.replace(signal=batch.signal.replace(old=old))
     rows, signal, m = batch.rows, batch.signal, batch.rows.mask
     with jax.set_mesh(run.mesh):
-        _, readings = run.train_step(run.state, batch)
+        _, readings = run.train_step(run.state, batch, {})
     told = {name: float(a) / float(b) for name, (a, b) in readings.sums.items()}
 
-    student = dense(*run.base, rows)
+    student = dense(run.model, run.base, rows)
     cur = of_ids(student, rows.targets[..., None])[..., 0]
     if "newline" in gate:
         lines = newline_table(run.tokenizer, run.model.vocab_size)[rows.targets]
@@ -144,8 +146,8 @@ def test_the_gradient_is_clipped_to_its_norm(scored, tmp_path):
         run = open_run(tmp_path / clip, config)
         batch = batch_of([scored.scored.read(0)[i] for i in minibatch_plan(config, 0)[0]], run.width)
         with jax.set_mesh(run.mesh):
-            state, _ = run.train_step(run.state, batch)
-        steps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, run.base[1])
+            state, _ = run.train_step(run.state, batch, {})
+        steps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, run.base)
         moved.append(max(jax.tree.leaves(steps)))
     # Adam divides by |g| + eps: a gradient far below eps moves by less than lr, a clipped one by lr.
     assert moved[0] < 1e-3 * moved[1]
@@ -177,7 +179,7 @@ def test_evaluation_draws_by_its_own_settings(tmp_path, temperature):
         for problem in run.heldout
         for number in range(2)
     ]
-    drawn = sample(sampler, run.base[1], requests, stream(5, "evaluate"), slots=16, max_prompt=16)
+    drawn = sample(sampler, run.base, requests, stream(5, "evaluate"), slots=16, max_prompt=16)
     want = [run.tokenizer.decode(g.ids.tolist(), skip_special_tokens=True) for g in drawn]
     assert [answer.response for answer in answers] == want
     assert len({answer.problem for answer in answers}) == 6
