@@ -10,7 +10,9 @@ import pytest
 from opd_jax.errors import InputError
 from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.study.evaluation import answers_file, evaluate_run
+from opd_jax.study.plots import structure
 from opd_jax.study.report import write_report
+from opd_jax.study.summary import Summary
 from opd_jax.train.loop import distill
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
@@ -93,6 +95,14 @@ def test_the_page_stands_alone_and_is_well_formed(page):
 def copied(run, where):
     shutil.copytree(run.folder, where)
     return where
+
+
+def test_where_nothing_drifts_no_structure_is_drawn():
+    empty = {name: {} for name in ("autocorrelation", "block_variance", "cancellation")}
+    drawn = structure(Summary([{"name": "still", "diagnosis": empty}], [], []))
+    assert "still" in drawn
+    assert "<!-- o" not in drawn  # the marker, taken for data
+    assert ">o-<" not in drawn
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(page, tmp_path):
