@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax.config import Config, flatten
+from opd_jax.config import Config, LoraSettings, flatten
 from opd_jax.errors import InputError
 from opd_jax.method import WEIGHTS
 from opd_jax.rollout import make_rows
@@ -110,12 +110,12 @@ def test_every_config_of_the_repository_is_valid():
 def test_every_setting_is_read(tmp_path, monkeypatch):
     """A key that nothing reads is a trap for its user: run the road and see what it asks for."""
     read = set()
-    for group in dataclasses.fields(Config):
-        kind = type(getattr(Config(), group.name))
+    groups = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}
+    for group, kind in {**groups, "model.lora": LoraSettings}.items():
         if dataclasses.is_dataclass(kind):
             names = {field.name for field in dataclasses.fields(kind)}
 
-            def recording(self, name, group=group.name, names=names):
+            def recording(self, name, group=group, names=names):
                 # Checks, digests and writers read every key; they are no use of it.
                 if name in names and sys._getframe(1).f_code.co_filename.split("/")[-1] not in (
                     "config.py",
@@ -131,6 +131,7 @@ def test_every_setting_is_read(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run", tiny_config("--schedule.rounds=1", "--log.diagnose_every=3", *named))
     distill(run, lambda line: None, lambda: False)
     evaluate_run(run, "base", lambda answer: None, lambda: False)
+    assert open_run(tmp_path / "adapter", tiny_config("--model.lora.rank=2")).lora
     for kind in LOSSES:
         bound_members(tiny_config(f"--loss.kind={kind}"))
     for segments in ("newline", "cusum"):

@@ -136,10 +136,9 @@ def test_training_that_is_not_finite_stops_before_it_is_saved(tmp_path):
         do_part(run, part, ignore, never)
     honest = run.train_step
 
-    def broken(state, batch):
-        return honest(
-            state, batch.replace(signal=batch.signal.replace(old=np.full_like(batch.signal.old, np.nan)))
-        )
+    def broken(state, batch, frozen):
+        lost = batch.signal.replace(old=np.full_like(batch.signal.old, np.nan))
+        return honest(state, batch.replace(signal=lost), frozen)
 
     run.train_step = broken
     with pytest.raises(InputError, match="update 4 has loss nan"):
