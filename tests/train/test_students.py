@@ -124,7 +124,7 @@ def test_a_mixture_of_experts_is_trained_and_says_how_it_routes(mixture, tmp_pat
 def test_experts_on_an_axis_of_their_own_give_the_same_updates(mixture, tmp_path):
     _one, want = trained(tmp_path / "one", f"--model.student={mixture}", "--log.rows=0")
     many, got = trained(
-        tmp_path / "many", f"--model.student={mixture}", "--log.rows=0", "--mesh.expert=2", "--mesh.tensor=2"
+        tmp_path / "many", f"--model.student={mixture}", "--log.rows=0", "--mesh.expert=2", "--mesh.fsdp=2"
     )
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3, atol=1e-4)
