@@ -1,6 +1,7 @@
 """The core of the vocabulary head against float64 loops, the naive softmax, and its promise of memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,14 @@ def test_the_likeliest_have_a_gradient_and_the_entropy_has_none():
     entropy = lambda h, w: jnp.sum(read(h, w, ids, chunk=8)[0].entropy)  # noqa: E731
     for x in jax.jit(jax.grad(entropy, (0, 1)))(hidden, matrix):
         np.testing.assert_array_equal(x, 0)
+
+
+def test_every_product_is_accumulated_in_float32():
+    """Said in the program: a CPU may keep more digits than it was asked for."""
+    given = arrays(dtype=jnp.bfloat16)
+    loss = lambda h, w, i: jnp.sum(read_head(h, w, i, chunk=8)[0].logprobs)  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*given))
+    assert re.findall(r":(\w+)\[[\d,]*\] = dot_general", program) == ["f32"] * 4
 
 
 @pytest.mark.parametrize("chunk", [512, 8])
