@@ -262,7 +262,11 @@ def test_memory_grows_with_the_chunk_and_with_nothing_else():
         def loss(hidden, matrix, ids):
             return jnp.sum(read_head(hidden, matrix, ids, chunk=chunk)[0].logprobs ** 2)
 
-        shapes = ((rows, length, width), jnp.bfloat16), ((width, size), jnp.float32), ((rows, length, 9), int)
+        shapes = (
+            ((rows, length, width), jnp.bfloat16),
+            ((width, size), jnp.float32),
+            ((rows, length, 9), jnp.int32),
+        )
         given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*given).compile()
         return compiled.memory_analysis().temp_size_in_bytes
