@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
-from opd_jax.errors import InputError
-from opd_jax.model.sharding import RULES, partition
+from opd_jax.model.per_device import Axes, per_device, vary_alike
 from opd_jax.types import Readout
 
 Array = jax.Array
@@ -39,14 +35,6 @@ class _Question:
     k: int  # likeliest ids to add to those asked about
     usable: int | None  # ids from here on are never among them
     dtype: Any  # of the stored matrix, and so of its gradient
-
-
-class _Axes(NamedTuple):
-    """Mesh axes that split the rows, the matrix's width and the vocabulary; empty on one device."""
-
-    rows: tuple[str, ...] = ()
-    width: tuple[str, ...] = ()
-    vocab: tuple[str, ...] = ()
 
 
 class _Slice(NamedTuple):
@@ -102,9 +90,9 @@ def read_head(
       The `Readout` of K + k ids, and the ids ``[B, T, K + k]``.
 
     Raises:
-      InputError: under a mesh, B does not divide by the axes that rows are split over.
+      InputError: B, D or V does not divide by the mesh axes that it is split over.
     """
-    hidden, matrix, ids = _vary_alike(hidden, matrix, ids)
+    hidden, matrix, ids = vary_alike(hidden, matrix, ids)
     question = _Question(temperature, chunk, k, usable, jnp.dtype(matrix.dtype))
     answer = _read(question, hidden, matrix, ids)
     known = (answer.ids >= 0) & (answer.ids < matrix.shape[1])
@@ -118,26 +106,28 @@ def _read(question: _Question, hidden: Array, matrix: Array, ids: Array) -> _Ans
 
 
 def _forward(question: _Question, hidden: Array, matrix: Array, ids: Array) -> tuple[_Answer, Any]:
-    mapped = _over_mesh(_answer, (HIDDEN, MATRIX, IDS), (ANSWER, WHOLE))
-    answer, whole = mapped(question, hidden, matrix, ids)
+    answering = functools.partial(_answer, question)
+    answer, whole = per_device(answering, (HIDDEN, MATRIX, IDS), (ANSWER, WHOLE))(hidden, matrix, ids)
     return answer, (hidden, whole, answer.ids, answer.largest, answer.logsumexp)
 
 
 def _backward(question: _Question, kept: Any, gradient: _Answer) -> tuple[Array, Array, None]:
-    mapped = _over_mesh(_gradients, (HIDDEN, WHOLE, IDS, EACH, EACH, IDS, EACH), (HIDDEN, MATRIX))
-    return *mapped(question, *kept, gradient.logits, gradient.logsumexp), None
+    turning_back = functools.partial(_gradients, question)
+    takes = HIDDEN, WHOLE, IDS, EACH, EACH, IDS, EACH
+    gradients = per_device(turning_back, takes, (HIDDEN, MATRIX))
+    return *gradients(*kept, gradient.logits, gradient.logsumexp), None
 
 
 _read.defvjp(_forward, _backward)
 
 
 def _answer(
-    axes: _Axes, question: _Question, hidden: Array, matrix: Array, ids: Array
+    question: _Question, axes: Axes, hidden: Array, matrix: Array, ids: Array
 ) -> tuple[_Answer, Array]:
     """The answer for one device's rows, with the matrix ``[D, V of the slice]`` that gave it."""
     whole = matrix.astype(hidden.dtype)
-    if axes.width:
-        whole = jax.lax.all_gather(whole, axes.width, axis=0, tiled=True)
+    if axes["embed"]:
+        whole = jax.lax.all_gather(whole, axes["embed"], axis=0, tiled=True)
     first = _first_id(axes, whole)
 
     def read(piece: tuple[Array, Array]) -> _Slice:
@@ -162,20 +152,20 @@ def _answer(
     return _merged(found, ids, axes, question), whole
 
 
-def _merged(found: _Slice, ids: Array, axes: _Axes, question: _Question) -> _Answer:
+def _merged(found: _Slice, ids: Array, axes: Axes, question: _Question) -> _Answer:
     """The whole vocabulary's answer from those of its slices."""
     largest, best, best_ids = found.largest, found.best, found.best_ids
-    if axes.vocab:
-        largest = jax.lax.pmax(largest, axes.vocab)
-    if axes.vocab and question.k:
-        gather = functools.partial(jax.lax.all_gather, axis_name=axes.vocab, axis=-1, tiled=True)
+    if axes["vocab"]:
+        largest = jax.lax.pmax(largest, axes["vocab"])
+    if axes["vocab"] and question.k:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes["vocab"], axis=-1, tiled=True)
         # Candidates stand in the order of the slices, so that among equals the lowest id comes first.
         best, place = jax.lax.top_k(gather(best), question.k)
         best_ids = jnp.take_along_axis(gather(best_ids), place, axis=-1)
     below = found.largest - largest
     scale = jnp.exp(below)
     sums = scale * found.mass, scale * (found.moment + below * found.mass), found.asked
-    mass, moment, asked = jax.lax.psum(sums, axes.vocab) if axes.vocab else sums
+    mass, moment, asked = jax.lax.psum(sums, axes["vocab"]) if axes["vocab"] else sums
     logsumexp = jnp.log(mass)
     return _Answer(
         jnp.concatenate([asked, best], axis=-1) - largest[..., None],
@@ -187,8 +177,8 @@ def _merged(found: _Slice, ids: Array, axes: _Axes, question: _Question) -> _Ans
 
 
 def _gradients(
-    axes: _Axes,
     question: _Question,
+    axes: Axes,
     hidden: Array,
     whole: Array,
     ids: Array,
@@ -216,15 +206,15 @@ def _gradients(
         return total + of_matrix, of_hidden
 
     pieces = _pieces(question.chunk, hidden, ids, largest, logsumexp, of_logits, of_logsumexp)
-    total, _ = _vary_alike(jnp.zeros(whole.shape, jnp.float32), hidden)
+    total, _ = vary_alike(jnp.zeros(whole.shape, jnp.float32), hidden)
     total, of_hidden = jax.lax.scan(back, total, pieces)
     of_hidden = _joined(of_hidden, ids)
-    if axes.vocab:
-        of_hidden = jax.lax.psum(of_hidden, axes.vocab)
+    if axes["vocab"]:
+        of_hidden = jax.lax.psum(of_hidden, axes["vocab"])
     # The width is split over axes that split the rows too: their sum is scattered where it is taken.
-    if axes.width:
-        total = jax.lax.psum_scatter(total, axes.width, scatter_dimension=0, tiled=True)
-    if others := tuple(axis for axis in axes.rows if axis not in axes.width):
+    if axes["embed"]:
+        total = jax.lax.psum_scatter(total, axes["embed"], scatter_dimension=0, tiled=True)
+    if others := tuple(axis for axis in axes["batch"] if axis not in axes["embed"]):
         total = jax.lax.psum(total, others)
     return of_hidden.astype(hidden.dtype), total.astype(question.dtype)
 
@@ -245,9 +235,9 @@ def _likeliest(z: Array, first: Array | int, question: _Question) -> tuple[Array
     return best, (first + local).astype(jnp.int32)
 
 
-def _first_id(axes: _Axes, whole: Array) -> Array | int:
+def _first_id(axes: Axes, whole: Array) -> Array | int:
     """The id that the slice of the vocabulary begins with."""
-    return jax.lax.axis_index(axes.vocab) * whole.shape[1] if axes.vocab else 0
+    return jax.lax.axis_index(axes["vocab"]) * whole.shape[1] if axes["vocab"] else 0
 
 
 def _local(ids: Array, first: Array | int, z: Array) -> tuple[Array, Array]:
@@ -287,54 +277,3 @@ def _joined(x: Array, like: Array) -> Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[: rows * length].reshape(
         rows, length, *x.shape[2:]
     )
-
-
-def _over_mesh(function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
-    """``function`` on each device's part under a mesh in context, on whole arrays else.
-
-    Args:
-      function: of `_Axes`, a `_Question` and arrays.
-      takes, gives: the logical axes of its arrays and results.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return functools.partial(function, _Axes())
-    axes = _Axes(*(_mesh_axes(name, mesh.shape) for name in ("batch", "embed", "vocab")))
-    ways = math.prod(mesh.shape[axis] for axis in axes.rows)
-
-    def mapped(question: _Question, *arrays: Array) -> Any:
-        if (rows := arrays[0].shape[0]) % ways:
-            raise InputError(
-                f"rows must split evenly over the mesh: the vocabulary head got {rows}, mesh "
-                f"{'x'.join(axes.rows)} is {ways}; use a multiple of {ways}"
-            )
-        return jax.shard_map(
-            functools.partial(function, axes, question),
-            in_specs=_specs(takes),
-            out_specs=_specs(gives),
-            check_vma=False,
-        )(*arrays)
-
-    return mapped
-
-
-def _specs(axes: Any) -> Any:
-    is_axes = lambda part: isinstance(part[0], str)  # noqa: E731
-    return jax.tree.map(lambda names: partition(*names), axes, is_leaf=is_axes)
-
-
-def _mesh_axes(name: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes that a logical axis is truly split over."""
-    place = RULES[name]
-    return tuple(axis for axis in ((place,) if isinstance(place, str) else place or ()) if sizes[axis] > 1)
-
-
-def _vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Under shard_map, arrays that all vary over the axes that any of them varies over.
-
-    A replicated matrix then has a gradient that is summed over those axes, as shard_map asks for.
-    """
-    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
-        return arrays
-    zero = sum(0 * (x.ravel()[0] != 0) for x in arrays)
-    return tuple(x + jnp.asarray(zero, x.dtype) for x in arrays)

@@ -1,6 +1,7 @@
 """The core of the vocabulary head against float64 loops, the naive softmax, and its promise of memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,14 @@ def test_the_likeliest_have_a_gradient_and_the_entropy_has_none():
         np.testing.assert_array_equal(x, 0)
 
 
+def test_every_product_is_accumulated_in_float32():
+    """Said in the program: a CPU may keep more digits than it was asked for."""
+    given = arrays(dtype=jnp.bfloat16)
+    loss = lambda h, w, i: jnp.sum(read_head(h, w, i, chunk=8)[0].logprobs)  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*given))
+    assert re.findall(r":(\w+)\[[\d,]*\] = dot_general", program) == ["f32"] * 4
+
+
 @pytest.mark.parametrize("chunk", [512, 8])
 def test_bfloat16_is_rounded_where_it_says(chunk):
     """Logits and sums in float32; the logits' gradient rounded once, by up to 2^-8 of itself."""
@@ -253,7 +262,11 @@ def test_memory_grows_with_the_chunk_and_with_nothing_else():
         def loss(hidden, matrix, ids):
             return jnp.sum(read_head(hidden, matrix, ids, chunk=chunk)[0].logprobs ** 2)
 
-        shapes = ((rows, length, width), jnp.bfloat16), ((width, size), jnp.float32), ((rows, length, 9), int)
+        shapes = (
+            ((rows, length, width), jnp.bfloat16),
+            ((width, size), jnp.float32),
+            ((rows, length, 9), jnp.int32),
+        )
         given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*given).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -170,7 +170,7 @@ def test_a_mesh_of_one_changes_no_bit():
 
 def test_rows_that_do_not_split_are_refused():
     hidden, matrix, ids = arrays()
-    with jax.set_mesh(make_mesh(2, 2, 2)), pytest.raises(InputError, match="got 6, mesh dataxfsdp is 4"):
+    with jax.set_mesh(make_mesh(2, 2, 2)), pytest.raises(InputError, match="batch is 6, mesh dataxfsdp = 4"):
         read_head(hidden[:6], matrix, ids[:6], chunk=16)
 
 
