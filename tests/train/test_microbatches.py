@@ -231,7 +231,8 @@ def test_parts_are_the_whole(scored, kind):
         assert float(np.std(np.asarray(readings.weights)[batch.rows.mask])) > 1e-3
     for count in (2, 8) if kind == "drift gate" else (4,):
         in_parts, told = compute(count)
-        close(in_parts, gradient, rtol=3e-5)
+        # The tail bucket is what 1 - sum leaves of float32 digits.
+        close(in_parts, gradient, rtol=6e-5 if "topk_tail" in " ".join(KINDS[kind]) else 3e-5)
         close(told.weights, readings.weights)
         loss, want = (float(r.sums["loss"][0]) for r in (told, readings))
         np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
