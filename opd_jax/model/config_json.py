@@ -48,6 +48,7 @@ def config_from_json(path: Path) -> Qwen3Config:
     eos = values.get("eos_token_id")
     values["eos_token_id"] = (eos or [None])[0] if isinstance(eos, list) else eos
     values["rope_scaling"] = _yarn(rope, published, path) if rope_type == "yarn" else None
+    values.setdefault("num_experts", values.get("num_local_experts"))  # the name that transformers 5 writes
     if published["model_type"] == "qwen3":
         values = {name: value for name, value in values.items() if name not in EXPERT_FIELDS}
     required = [
