@@ -36,7 +36,7 @@ class ModelConfig:
     student: str = ""  # folder in Hugging Face format, or "module:function" that returns one
     teacher: str = ""  # the same; must read the student's tokenizer ids
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    head_chunk: int = 512  # positions per pass through the vocabulary head
+    head_chunk: int = 512  # positions per pass through the vocabulary head, on each device
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # kernel of whole rows
     remat: Literal["full", "attention", "dots", "none"] = "full"  # what the backward pass recomputes
     residency: Literal["together", "sequential"] = "together"  # sequential: one model at a time

@@ -47,7 +47,7 @@ class Qwen3Config:
     norm_topk_prob: bool = False  # whether the weights of a token's experts sum to one
 
     compute_dtype: str = "float32"  # of activations; norms, softmax and log-probs stay float32
-    head_chunk: int = 512  # positions per pass through the vocabulary head
+    head_chunk: int = 512  # positions per pass through the vocabulary head, on each device
     attention: str = "xla"  # kernel of whole rows: see `attention.choose_kernel`
     remat: str = "full"  # what the backward pass recomputes: see `forward.REMAT`
     lora_alpha: float = 0.0  # of low-rank updates among the parameters: see `lora`
