@@ -16,6 +16,7 @@ from opd_jax.errors import InputError
 from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.files import write_text
 from opd_jax.interrupt import Stop
+from opd_jax.processes import is_first
 from opd_jax.settings import config_file, load_config
 from opd_jax.study.demo import ARM_SETTINGS, demo
 from opd_jax.study.evaluation import Who, answers_file, evaluate_run
@@ -38,6 +39,7 @@ def progress(run: Run, label: str) -> Iterator[Report]:
         initial=int(run.state.update),
         desc=label,
         unit="update",
+        disable=not is_first() or None,
     ) as bar:
 
         def report(line: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
     """Evaluate a model of a run, with a bar, and print what came out."""
     total = len(run.heldout) * run.config.evaluation.samples
     seen = right = 0
-    with tqdm(total=total, desc=f"{label}: evaluation", unit="answer") as bar:
+    with tqdm(total=total, desc=f"{label}: evaluation", unit="answer", disable=not is_first() or None) as bar:
 
         def report(answer: Any) -> None:
             nonlocal seen, right
@@ -67,10 +69,18 @@ def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
             bar.update()
 
         file = evaluate_run(run, who, report, stop)
+    if not is_first():
+        return
     records = read_answers(file)
     for k in sorted({1, run.config.evaluation.samples}):
         interval = mean_interval(list(by_problem(records, k).values()))
         print(f"{label}: pass@{k} {interval.percent()} %, {len(run.heldout)} problems, {file}")
+
+
+def say(line: str) -> None:
+    """Print, if this process speaks for the run."""
+    if is_first():
+        print(line)
 
 
 def _settings(arguments: argparse.Namespace, overrides: Overrides) -> Config | None:
@@ -101,9 +111,10 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
 
 def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     run = open_run(arguments.run, _settings(arguments, overrides))
+    say(str(run.kernel))
     with progress(run, arguments.run.name) as report:
         distill(run, report, stop)
-    print(f"student: {export_student(run)}")
+    say(f"student: {export_student(run)}")
 
 
 def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
@@ -116,7 +127,7 @@ def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
         do_part(run, part, lambda line: None, stop)
     done = {"sample": run.rollouts, "score": run.scored}.get(part)
     what = f"round {done.rounds[-1]} in {done.path}" if done else f"update {int(run.state.update)}"
-    print(f"{part}: {what}; next: {next_part(run)}")
+    say(f"{part}: {what}; next: {next_part(run)}")
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:

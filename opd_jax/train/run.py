@@ -28,6 +28,7 @@ from opd_jax.errors import InputError
 from opd_jax.keys import stream
 from opd_jax.model import Qwen3Config, load_pretrained, make_mesh, param_shardings, parameter_table
 from opd_jax.model.config_json import read_model_config
+from opd_jax.model.kernels import KernelChoice
 from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
 from opd_jax.model.parameters import Parameter
 from opd_jax.named import call_named, is_named
@@ -35,7 +36,7 @@ from opd_jax.rollout.store import RolloutStore
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, read_problems, tokenizer_digest
 from opd_jax.tasks.problems import check_problems
 from opd_jax.train.checkpoint import Checkpoints
-from opd_jax.train.computing import computed, row_width
+from opd_jax.train.computing import computed, kernel_of, row_width
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
 from opd_jax.train.identity import model_digest, problems_digest
 from opd_jax.train.metrics import read_lines
@@ -77,6 +78,11 @@ class Run:
     def model(self) -> Qwen3Config:
         """Dimensions of the student."""
         return computed(read_model_config(self.student_folder), self.config, self.mesh)
+
+    @property
+    def kernel(self) -> KernelChoice:
+        """Which attention kernel computes the student's rows, and why."""
+        return kernel_of(self.model, self.config, self.mesh)
 
     @functools.cached_property
     def teacher_model(self) -> Qwen3Config:
