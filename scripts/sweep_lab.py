@@ -242,8 +242,8 @@ def main(folder: Path) -> None:
             write(
                 "seeds_lab",
                 "The chosen setting over training seeds, and what lower bars would have chosen",
-                "Made by `scripts/sweep_lab.py`: the chosen setting first, then those that the rule picks with\n"
-                "a lower bar. pass@1 and pass@8 in percent on the same 200 held-out problems x 8 samples;\n"
+                "Made by `scripts/sweep_lab.py`: the chosen setting first, then those that the rule picks\n"
+                "with a lower bar. pass@1 and pass@8 in percent on the same 200 held-out problems x 8 samples;\n"
                 f"brackets are 95% Student-t intervals over {SEEDS} training seeds (these problems, random\n"
                 "seed). Settings were chosen on other problems.",
                 seeds,
