@@ -218,7 +218,10 @@ def test_weights_of_huge_drift_by_hand(size):
     np.testing.assert_allclose(w, jnp.where(cur.at[2:].set(2.0) == 0, 8.0, 0.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("scope", "shape"), [("minibatch", (1, 2**19)), ("sequence", (32, 2**14))])
+@pytest.mark.parametrize(
+    ("scope", "shape"),
+    [("minibatch", (1, 2**19)), pytest.param("sequence", (32, 2**14), marks=pytest.mark.slow)],
+)
 def test_the_mean_is_one_over_half_a_million_tokens(scope, shape):
     """As many as the paper's step has; in the first a single token, which did not drift, holds all weight."""
     function = compiled(drift_gate, scope=scope)
