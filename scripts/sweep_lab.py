@@ -241,11 +241,11 @@ def main(folder: Path) -> None:
             seeds[setting.name] = seed_rows(by_seed)
             write(
                 "seeds_lab",
-                "The chosen setting over training seeds, and what lower bars would have chosen",
+                "The chosen setting over seeds, and what lower bars would have chosen",
                 "Made by `scripts/sweep_lab.py`: the chosen setting first, then those that the rule picks\n"
-                "with a lower bar. pass@1 and pass@8 in percent on the same 200 held-out problems x 8 samples;\n"
-                f"brackets are 95% Student-t intervals over {SEEDS} training seeds (these problems, random\n"
-                "seed). Settings were chosen on other problems.",
+                "with a lower bar. pass@1 and pass@8 in percent on the same 200 held-out problems x 8\n"
+                f"samples; brackets are 95% Student-t intervals over {SEEDS} training seeds (these\n"
+                "problems, random seed). Settings were chosen on other problems.",
                 seeds,
             )
 

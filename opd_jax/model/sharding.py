@@ -91,7 +91,9 @@ def in_mesh() -> bool:
 def can_split(rows: int) -> bool:
     """Whether a mesh is in context over whose batch axes this many rows split evenly."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return in_mesh() and rows % math.prod(shape[name] for name in BATCH) == 0
+    return (
+        in_mesh() and math.prod(shape.values()) > 1 and rows % math.prod(shape[name] for name in BATCH) == 0
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,7 @@ from opd_jax.model.lora import on_top
 from opd_jax.model.sharding import batch_sharding, replicated
 from opd_jax.model.vocab import top_k_logprobs
 from opd_jax.train.choices import SEGMENTS
+from opd_jax.train.fields import drawn_fields
 from opd_jax.train.gradient import gradient_of
 from opd_jax.train.microbatches import fields_in_parts, gradient_in_parts, join, split, weights_of
 from opd_jax.types import Batch, Params
@@ -81,7 +82,11 @@ def make_diagnosis(
             "topk_overlap": topk_overlap(ids, signal.support_ids, rows.mask),
         }
         if signal.again is not None:
-            fields = fields_in_parts(params, batch, update, config, model, newline, frozen)
+            if config.weights.members or config.gate.control != "none":
+                fields = fields_in_parts(params, batch, update, config, model, newline, frozen)
+            else:  # a plain gate reads two log-probs, for which the student need not be run
+                fields = {"mask": rows.mask, "old": signal.old, "sequence_ids": rows.sequence_ids}
+                fields |= drawn_fields(config, update, rows.mask.shape)
             sums |= null_readings(batch, config, fields, newline)
         return sums, structure_sums(told.drift, rows.mask, sequence_ids=rows.sequence_ids)
 
