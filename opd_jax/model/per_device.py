@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from opd_jax.errors import InputError
-from opd_jax.model.sharding import RULES, partition
+from opd_jax.model.sharding import RULES, in_mesh, partition
 
 # Logical axis -> the mesh axes that it is truly split over, none on one device.
 Axes = Mapping[str, tuple[str, ...]]
@@ -35,7 +35,7 @@ def per_device(function: Callable[..., Any], takes: Any, gives: Any) -> Callable
       InputError: a dimension of an array does not divide by the mesh axes that it falls on.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if not in_mesh() or mesh.size == 1:
         return functools.partial(function, dict.fromkeys(RULES, ()))
     axes = {name: _mesh_axes(name, mesh.shape) for name in RULES}
     mapped = jax.shard_map(

@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 
 from opd_jax.config import Config
 from opd_jax.model import Qwen3Config, param_shardings, parameter_table
-from opd_jax.model.lora import LoraConfig, lora_table
+from opd_jax.model.lora import lora_table, on_top
 from opd_jax.model.parameters import Table, abstract_params
 from opd_jax.model.sharding import batch_sharding, replicated
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.rollout.jax_engine import make_sampler
 from opd_jax.rollout.score import make_scorer, make_topk_scorer
-from opd_jax.train.computing import row_width
+from opd_jax.train.computing import adapter_of, row_width
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
 from opd_jax.types import Batch, Rows, Signal
@@ -58,16 +58,14 @@ def compile_programs(config: Config, student: Qwen3Config, teacher: Qwen3Config,
       mesh: of real or abstract devices.
     """
     compute, together = config.model.compute_dtype, config.model.residency == "together"
-    lora = config.model.lora
+    adapter = adapter_of(config)
     optimizer = make_optimizer(**dataclasses.asdict(config.optimizer))
     table = parameter_table(student)
-    trained = lora_table(student, LoraConfig(lora.rank, lora.alpha, lora.targets)) if lora.rank else table
+    trained = lora_table(student, adapter) if adapter else table
     shardings = state_shardings(trained, optimizer, mesh)
     state = abstract_state(trained, optimizer, shardings)
-    frozen = _placed(table, student, mesh, compute) if lora.rank else {}
-    policy = state.params
-    if frozen:
-        policy = {**frozen, "layers": {**frozen["layers"], **state.params["layers"]}}
+    frozen = _placed(table, student, mesh, compute) if adapter else {}
+    policy = on_top(frozen, state.params)
     taught = _placed(parameter_table(teacher), teacher, mesh, compute)
     kinds = {
         "student": bytes_on_device((state.params, frozen)),

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from opd_jax.config import Config, SamplingConfig
 from opd_jax.model import Qwen3Config
 from opd_jax.model.kernels import KernelChoice, choose_kernel
+from opd_jax.model.lora import LoraConfig
 
 FUSED = 128  # positions: fused kernels read rows in multiples of it
 
@@ -24,6 +25,12 @@ def computed(model: Qwen3Config, config: Config, mesh: Mesh) -> Qwen3Config:
         attention=kernel_of(model, config, mesh).name,
         lora_alpha=settings.lora.alpha,
     )
+
+
+def adapter_of(config: Config) -> LoraConfig | None:
+    """What is trained in the place of the student's own weights, if anything."""
+    lora = config.model.lora
+    return LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
 
 
 def kernel_of(model: Qwen3Config, config: Config, mesh: Mesh) -> KernelChoice:

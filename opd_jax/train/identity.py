@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ def params_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _sums(x: jax.Array) -> jax.Array:
     """Two sums of an array's bits, each weighted by odd numbers that depend on the place."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16)

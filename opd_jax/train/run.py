@@ -31,16 +31,15 @@ from opd_jax.model.config_json import read_model_config
 from opd_jax.model.kernels import KernelChoice
 from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
 from opd_jax.model.parameters import Parameter
-from opd_jax.named import call_named, is_named
 from opd_jax.rollout.store import RolloutStore
-from opd_jax.tasks import Problem, load_tokenizer, newline_table, read_problems, tokenizer_digest
-from opd_jax.tasks.problems import check_problems
+from opd_jax.tasks import Problem, load_tokenizer, newline_table, tokenizer_digest
 from opd_jax.train.checkpoint import Checkpoints
-from opd_jax.train.computing import computed, kernel_of, row_width
+from opd_jax.train.computing import adapter_of, computed, kernel_of, row_width
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
 from opd_jax.train.identity import model_digest, problems_digest
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.optimizer import make_optimizer
+from opd_jax.train.sources import model_folder, named_problems
 from opd_jax.train.step import (
     TrainState,
     TrainStep,
@@ -68,11 +67,11 @@ class Run:
 
     @functools.cached_property
     def student_folder(self) -> Path:
-        return _model_folder(self.config.model.student, "model.student")
+        return model_folder(self.config.model.student, "model.student")
 
     @functools.cached_property
     def teacher_folder(self) -> Path:
-        return _model_folder(self.config.model.teacher, "model.teacher")
+        return model_folder(self.config.model.teacher, "model.teacher")
 
     @functools.cached_property
     def model(self) -> Qwen3Config:
@@ -110,9 +109,7 @@ class Run:
 
     @functools.cached_property
     def lora(self) -> LoraConfig | None:
-        """What is trained in the student's place, if anything."""
-        lora = self.config.model.lora
-        return LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
+        return adapter_of(self.config)
 
     def _load(self, folder: Path, dtype: Any) -> Params:
         config, params = load_pretrained(folder, mesh=self.mesh, dtype=dtype)
@@ -140,11 +137,11 @@ class Run:
 
     @functools.cached_property
     def problems(self) -> list[Problem]:
-        return _problems(self.config.problems.train, "problems.train")
+        return named_problems(self.config.problems.train, "problems.train")
 
     @functools.cached_property
     def heldout(self) -> list[Problem]:
-        return _problems(self.config.problems.heldout, "problems.heldout")
+        return named_problems(self.config.problems.heldout, "problems.heldout")
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -199,6 +196,10 @@ class Run:
     @functools.cached_property
     def _shardings(self) -> TrainState:
         return state_shardings(self._table, self.optimizer, self.mesh)
+
+    @property
+    def _frozen_shardings(self) -> Any:
+        return param_shardings(self.model, self.mesh) if self.lora else {}
 
     @property
     def frozen(self) -> Params:
@@ -260,16 +261,27 @@ class Run:
     @functools.cached_property
     def train_step(self) -> TrainStep:
         newline = newline_table(self.tokenizer, self.model.vocab_size)
-        frozen = param_shardings(self.model, self.mesh) if self.lora else {}
         return make_train_step(
-            self.model, self.config, self.optimizer, newline, self._shardings, self.mesh, frozen
+            self.model,
+            self.config,
+            self.optimizer,
+            newline,
+            self._shardings,
+            self.mesh,
+            self._frozen_shardings,
         )
 
     @functools.cached_property
     def diagnose(self) -> Diagnose:
         newline = newline_table(self.tokenizer, self.model.vocab_size)
-        frozen = param_shardings(self.model, self.mesh) if self.lora else {}
-        return make_diagnosis(self.model, self.config, newline, self._shardings.params, self.mesh, frozen)
+        return make_diagnosis(
+            self.model,
+            self.config,
+            newline,
+            self._shardings.params,
+            self.mesh,
+            self._frozen_shardings,
+        )
 
     @property
     def width(self) -> int:
@@ -288,25 +300,3 @@ class Run:
 def _moved(tree: Any, shardings: Any) -> Any:
     """Arrays on the devices where ``shardings`` has them, or on the host."""
     return jax.device_get(tree) if shardings is None else jax.device_put(tree, shardings)
-
-
-def _model_folder(source: str, name: str) -> Path:
-    if not source:
-        raise InputError(f"{name} must be set: it is empty; name a folder in Hugging Face format")
-    folder = Path(call_named(source, (str, Path)) if is_named(source) else source)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{name} must be a model folder in Hugging Face format: {folder} has no config.json; "
-            "check the path, or download the checkpoint first"
-        )
-    return folder
-
-
-def _problems(source: str, name: str) -> list[Problem]:
-    if not source:
-        raise InputError(f"{name} must be set: it is empty; name a JSON-lines file of problems")
-    if not is_named(source):
-        return read_problems(source)
-    problems = call_named(source, list)
-    check_problems(problems, source)
-    return problems
