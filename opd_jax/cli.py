@@ -29,7 +29,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="opd",
         description="Drift-gated on-policy distillation.",
-        epilog="--distributed joins the other processes of the cluster; see opd_jax/processes.py",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -40,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--config", type=Path, help="YAML or TOML file of settings")
         return sub
 
-    demo = command("demo", "Distil the lab's student with and without the gate, and report.")
+    def shared(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """A command that many processes may do together."""
+        sub.add_argument("--distributed", action="store_true", help="join the other processes of the cluster")
+        return sub
+
+    demo = shared(command("demo", "Distil the lab's student with and without the gate, and report."))
     demo.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="folder to fill")
     for name, help_ in (
         ("distill", "Do all rounds of a run, or go on with it."),
@@ -48,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         ("score", "Attach old log-probs and the teacher's signal to them."),
         ("train", "Do the updates of the current round."),
     ):
-        command(name, help_).add_argument("run", type=Path, help="run folder")
-    evaluate = command(
-        "evaluate", "Judge a run's model on held-out problems.", settings="evaluation.samples 16"
+        shared(command(name, help_)).add_argument("run", type=Path, help="run folder")
+    evaluate = shared(
+        command("evaluate", "Judge a run's model on held-out problems.", settings="evaluation.samples 16")
     )
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument(
@@ -99,13 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signal() as stop:
             words, settings = split_settings(argv)
-            asked_for_many = "--distributed" in words
-            arguments = _parser().parse_args([word for word in words if word != "--distributed"])
+            arguments = _parser().parse_args(words)
             if settings and arguments.command in ("report", "lab"):
                 raise InputError(
                     f"opd {arguments.command} takes no settings: got {' '.join(settings)}; drop them"
                 )
-            _run(arguments, settings, stop, asked_for_many)
+            _run(arguments, settings, stop)
     except (Interrupted, KeyboardInterrupt):
         # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
         print(f"\nopd: interrupted; {_again(argv)}", file=sys.stderr)
@@ -133,13 +136,13 @@ def _again(argv: Sequence[str]) -> str:
     return f"go on with: {program} {shlex.join(argv)}"
 
 
-def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop, asked_for_many: bool) -> None:
+def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop) -> None:
     # Three processes a round compile the same programs; the cache makes the later ones start at once.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     sum_in_one_order()
-    join(asked_for_many)
+    join(getattr(arguments, "distributed", False))
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
 

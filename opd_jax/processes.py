@@ -33,6 +33,10 @@ def join(asked: bool) -> None:
         raise InputError(f"{ASKED} must be a whole number: got {wanted!r}; set how many processes there are")
     count = int(wanted or 0)
     if count == 1:
+        if asked:
+            raise InputError(
+                f"a run is many processes or one: --distributed and {ASKED}=1 were given; drop one of them"
+            )
         return
     try:
         if count == 0:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.model import Qwen3Config, make_mesh, preset
 from opd_jax.model.config_json import read_model_config
 from opd_jax.model.presets import PRESETS
-from opd_jax.named import call_named, is_named
 from opd_jax.plan.programs import Program, compile_programs
 from opd_jax.plan.topology import devices_of, memory_of
 from opd_jax.train.computing import computed, kernel_of
+from opd_jax.train.sources import model_folder
 
 
 def model_of(source: str, name: str) -> Qwen3Config:
     """The dimensions of a published size or of a checkpoint folder; no weights are read."""
     if source.lower() in PRESETS:
         return preset(source)
-    folder = Path(str(call_named(source, (str, Path))) if source and is_named(source) else source)
-    if not source or not (folder / "config.json").is_file():
-        raise InputError(
-            f"{name} must be a published size or a checkpoint folder: got {source!r}; name a folder, or one "
-            f"of {', '.join(PRESETS)}"
-        )
+    try:
+        folder = model_folder(source, name)
+    except InputError as error:
+        raise InputError(f"{error}, or name one of {', '.join(PRESETS)}") from None
     return read_model_config(folder)
 
 

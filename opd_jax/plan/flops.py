@@ -90,5 +90,6 @@ def _attention_flops(equation: Any) -> int:
     if products is None:
         raise NotImplementedError(f"operations of the kernel {name} are not known; add them to _PRODUCTS")
     shapes = [variable.aval.shape for variable in equation.invars]
-    batch, heads, length, width = max((shape for shape in shapes if len(shape) == 4), key=math.prod)
-    return products * batch * heads * length * length * width
+    # The queries, [B, N, T, H]; a batch of one row has lost its axis.
+    *rows, length, width = max((shape for shape in shapes if len(shape) > 2), key=math.prod)
+    return products * math.prod(rows) * length * length * width

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.model import hidden_states, init_params, make_mesh, token_logprobs
+from opd_jax.model.splash import splash_attention
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.types import Rows
@@ -69,6 +70,19 @@ def test_products_of_the_layers_are_those_that_the_compiler_counts():
     ours = program_flops(step, params, tokens)
     theirs = step.lower(params, tokens).compile().cost_analysis()["flops"]
     assert 0.85 * theirs < ours < theirs
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_products_of_an_attention_kernel_by_its_formula(rows):
+    """Causal, so half of the scores: two products forward, three and four backward."""
+    query, key = abstract(rows, 256, 4, 128), abstract(rows, 256, 2, 128)
+
+    def loss(query, key, value, ids):
+        return jnp.sum(splash_attention(query, key, value, ids))
+
+    got = program_flops(jax.grad(loss, (0, 1, 2)), query, key, key, abstract(rows, 256, dtype=jnp.int32))
+    kernels = (2 + 3 + 4) * 2 * rows * 4 * (256 * 256 // 2) * 128
+    assert got == kernels + 2 * rows * 4 * 256 * 128  # and output times its gradient, outside of them
 
 
 def test_products_of_the_head_by_hand():

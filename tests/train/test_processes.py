@@ -79,4 +79,7 @@ def test_a_run_that_was_asked_to_be_many_does_not_go_on_alone(tmp_path, monkeypa
     monkeypatch.setenv("OPD_PROCESSES", "two")
     assert main(command(tmp_path / "run")) == 2
     assert "must be a whole number" in capsys.readouterr().err
+    monkeypatch.setenv("OPD_PROCESSES", "1")
+    assert main(command(tmp_path / "run", "--distributed")) == 2
+    assert "--distributed and OPD_PROCESSES=1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
