@@ -112,6 +112,10 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
 def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     run = open_run(arguments.run, _settings(arguments, overrides))
     say(str(run.kernel))
+    if run.config.model.residency == "sequential":
+        from opd_jax.plan.command import peak_of
+
+        say(peak_of(run))
     with progress(run, arguments.run.name) as report:
         distill(run, report, stop)
     say(f"student: {export_student(run)}")
@@ -145,8 +149,8 @@ def _report(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> 
 
 
 def _plan(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
-    from opd_jax.plan.command import plan
-    from opd_jax.plan.report import as_json, as_table, fits
+    from opd_jax.plan.command import check_fit, plan
+    from opd_jax.plan.report import as_json, as_table
 
     config = load_config(arguments.config, overrides)
     student, teacher = arguments.model or config.model.student, arguments.teacher or config.model.teacher
@@ -154,12 +158,7 @@ def _plan(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
     print(f"{student} <- {teacher}: {about}\n\n{as_table(config, programs, memory)}")
     if arguments.json:
         write_text(arguments.json, json.dumps(as_json(programs, memory), indent=1) + "\n")
-    if any(fits(program, memory) is False for program in programs):
-        raise InputError(
-            "a run must fit its devices: it does not; split weights further (mesh.fsdp, mesh.tensor), take "
-            "fewer rows at a time (schedule.microbatches, sampling.slots), or set model.residency to "
-            "sequential"
-        )
+    check_fit(programs, memory)
 
 
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:

@@ -104,8 +104,21 @@ def _received(line: str, collective: re.Match[str]) -> int:
 
 
 def _group_size(line: str) -> int:
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if listed:
+    """How many devices take part in a collective together, in any of the forms that XLA writes.
+
+    ``{{0,2},{1,3}}`` lists them, ``[2,4]<=[8]`` has two groups of four, and
+    ``mesh['fsdp'=4,'tensor'=2] {'fsdp'}`` names axes, of which ``'fsdp':(2)2`` is a part.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(iota[2]) if iota else 2
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        over = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in over)
+    if " collective-permute" in line:
+        return 2
+    raise ValueError(
+        f"the devices of a collective are written in a form not known here: {line.strip()[:200]}"
+    )

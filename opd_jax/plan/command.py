@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from opd_jax.config import Config
 from opd_jax.errors import InputError
@@ -10,8 +11,10 @@ from opd_jax.model import Qwen3Config, make_mesh, preset
 from opd_jax.model.config_json import read_model_config
 from opd_jax.model.presets import PRESETS
 from opd_jax.plan.programs import Program, compile_programs
-from opd_jax.plan.topology import devices_of, memory_of
+from opd_jax.plan.report import fits
+from opd_jax.plan.topology import GIB, devices_of, memory_of
 from opd_jax.train.computing import computed, kernel_of
+from opd_jax.train.run import Run
 from opd_jax.train.sources import model_folder
 
 
@@ -44,3 +47,27 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     about = f"{mesh.size} of {len(devices)} devices, {devices[0].device_kind}, {shape}; {kernel}"
     return programs, memory_of(devices[0]), about
+
+
+def peak_of(run: Run) -> str:
+    """A line on the most memory that a run will take of a device, found before its models are loaded.
+
+    Raises:
+      InputError: it is more than there is.
+    """
+    programs = compile_programs(run.config, run.model, run.teacher_model, run.mesh, run.usable)
+    memory = memory_of(run.mesh.devices.flat[0])
+    check_fit(programs, memory)
+    most = max(programs, key=lambda program: program.total)
+    of = "" if memory is None else f" of {memory / GIB:.2f}"
+    return f"peak: {most.total / GIB:.2f}{of} GiB on a device, in {most.name}"
+
+
+def check_fit(programs: Sequence[Program], memory: int | None) -> None:
+    """Refuse a run with a program that takes more than ``memory`` bytes of a device."""
+    if any(fits(program, memory) is False for program in programs):
+        raise InputError(
+            "a run must fit its devices: it does not; split weights further (mesh.fsdp, mesh.tensor), take "
+            "fewer rows at a time (schedule.microbatches, sampling.slots), or set model.residency to "
+            "sequential"
+        )

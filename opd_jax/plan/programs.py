@@ -17,7 +17,7 @@ from opd_jax.config import Config
 from opd_jax.model import Qwen3Config, param_shardings, parameter_table
 from opd_jax.model.lora import lora_table, on_top
 from opd_jax.model.parameters import Table, abstract_params
-from opd_jax.model.sharding import batch_sharding, replicated
+from opd_jax.model.sharding import batch_sharding
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.rollout.jax_engine import make_sampler
@@ -49,14 +49,18 @@ class Program:
         return parts + self.temporary + self.output + self.code
 
 
-def compile_programs(config: Config, student: Qwen3Config, teacher: Qwen3Config, mesh: Mesh) -> list[Program]:
+def compile_programs(
+    config: Config, student: Qwen3Config, teacher: Qwen3Config, mesh: Mesh, usable: int | None = None
+) -> list[Program]:
     """Compile a run's sampler, scorers and train step.
 
     Args:
       config: the run.
       student, teacher: as `opd_jax.train.computing.computed` returns them for this mesh.
       mesh: of real or abstract devices.
+      usable: ids that the tokenizer knows, all of the student's where nobody says.
     """
+    usable = usable or student.vocab_size
     compute, together = config.model.compute_dtype, config.model.residency == "together"
     adapter = adapter_of(config)
     optimizer = make_optimizer(**dataclasses.asdict(config.optimizer))
@@ -79,10 +83,10 @@ def compile_programs(config: Config, student: Qwen3Config, teacher: Qwen3Config,
     sampling, schedule = config.sampling, config.schedule
     width = row_width(sampling, mesh.devices.flat[0].platform)
     rows = sampling.prompts * sampling.samples // schedule.minibatches // schedule.microbatches
-    temperature, whole = sampling.temperature, replicated(mesh)
-    draws = [jax.ShapeDtypeStruct((sampling.slots,), jnp.int32, sharding=whole)] * 3
-    prompts = jax.ShapeDtypeStruct((sampling.slots, sampling.max_prompt), jnp.int32, sharding=whole)
-    root = jax.eval_shape(lambda: jax.random.key(0))
+    temperature = sampling.temperature
+    draws = [jax.ShapeDtypeStruct((sampling.slots,), jnp.int32)] * 3
+    prompts = jax.ShapeDtypeStruct((sampling.slots, sampling.max_prompt), jnp.int32)
+    root = jax.ShapeDtypeStruct((2,), jnp.uint32)
     sampler = make_sampler(
         student,
         slots=sampling.slots,
@@ -90,13 +94,13 @@ def compile_programs(config: Config, student: Qwen3Config, teacher: Qwen3Config,
         max_response=sampling.max_response,
         temperature=temperature,
         top_p=sampling.top_p,
-        usable=student.vocab_size,
+        usable=usable,
     )
     topk = make_topk_scorer(
         teacher,
         k=config.loss.top_k,
         temperature=temperature,
-        usable=min(student.vocab_size, teacher.vocab_size),
+        usable=min(usable, teacher.vocab_size),
     )
     step = make_train_step(
         student,

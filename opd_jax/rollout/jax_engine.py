@@ -57,7 +57,7 @@ class _State:
     lengths: Array  # [B]
 
 
-# (params, prompts [B, P], prompt lengths [B], problems [B], samples [B], root key)
+# (params, prompts [B, P], prompt lengths [B], problems [B], samples [B], data of the root key [2])
 #   -> tokens [B, R], logprobs [B, R], response lengths [B], ended [B]
 Sampler = Callable[..., tuple[Array, Array, Array, Array]]
 
@@ -89,7 +89,8 @@ def make_sampler(
     ) -> _State:
         # Once, not at every step: a layer computes in this dtype anyway.
         params = jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
-        keys = rollout_keys(root, problems, samples)
+        # As data, because a typed key remembers the mesh that it was made under, and is another program.
+        keys = rollout_keys(jax.random.wrap_key_data(root), problems, samples)
         positions = jnp.broadcast_to(jnp.arange(max_prompt), prompts.shape)
         cache = empty_cache(config, slots, max_prompt + max_response - 1)
         hidden, cache = decode(params, prompts, positions, cache, config)
@@ -175,6 +176,7 @@ def sample(
             lengths[slot] = len(request.prompt_ids)
             prompts[slot, : lengths[slot]] = request.prompt_ids
             problems[slot], samples[slot] = request.problem, request.sample
-        drawn = jax.device_get(sampler(params, prompts, lengths, problems, samples, root))
+        key = np.asarray(jax.random.key_data(root))
+        drawn = jax.device_get(sampler(params, prompts, lengths, problems, samples, key))
         for tokens, logprobs, length, done in list(zip(*drawn, strict=True))[: len(chosen)]:
             yield Generated(tokens[:length], logprobs[:length], truncated=not done)

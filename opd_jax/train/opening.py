@@ -78,9 +78,10 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
         raise InputError(f"a run is a folder: {folder} is a file; name another")
     run = Run(folder, config)
     # All that a run needs is read before its folder is made: one that cannot begin leaves nothing.
-    _ = run.base, run.teacher
+    _ = run.teacher
     if config.model.residency == "sequential":
         del run.teacher
+    _ = run.base
     vocabulary = min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
     for name in ("top_k", "student_k"):
         if getattr(config.loss, name) > vocabulary:

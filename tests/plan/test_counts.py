@@ -104,6 +104,27 @@ def test_products_of_the_head_by_hand():
         assert products(chunk, 80) - products(chunk, 40) == 4 * 2 * 64 * 24 * 40
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['data'=1,'fsdp'=4,'tensor'=2] {'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4,'tensor'=2], device_ids=[0,1] {'data','fsdp':(2)2}", 4),
+        ("mesh['data'=1,'fsdp'=4,'tensor'=2] {'data'}", 1),
+    ],
+)
+def test_devices_of_a_collective_in_every_form_that_xla_writes(groups, size):
+    line = f"  %g = f32[8,8]{{1,0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    text = "ENTRY %main (p: f32[2,8]) -> f32[8,8] {\n" + line + "\n}\n"
+    assert collective_bytes(text).get("all-gather", 0) == 8 * 8 * 4 * (size - 1) // size
+
+
+def test_devices_in_an_unknown_form_are_refused():
+    with pytest.raises(ValueError, match="form not known"):
+        collective_bytes("ENTRY %m (p: f32[2]) -> f32[8] {\n  %g = f32[8]{0} all-gather(%p), groups=x\n}\n")
+
+
 @pytest.mark.parametrize("layers", [1, 4])
 def test_traffic_of_a_loop_is_that_of_the_loop_written_out(layers):
     mesh = make_mesh(1, 4, 2)
