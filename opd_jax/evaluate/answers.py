@@ -14,7 +14,8 @@ import jax
 from opd_jax.errors import InputError
 from opd_jax.evaluate.pass_at_k import pass_at_k
 from opd_jax.files import read_text, write_text
-from opd_jax.rollout.jax_engine import Request, Sampler, sample
+from opd_jax.rollout.engine import Request
+from opd_jax.rollout.jax_engine import Sampler, sample
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.types import Params
 

@@ -7,7 +7,6 @@ shares the slots with it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,28 +21,11 @@ from opd_jax.keys import rollout_keys, token_keys
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import decode, empty_cache, logits
 from opd_jax.model.sharding import constrain, everywhere
+from opd_jax.rollout.engine import Generated, Request
 from opd_jax.rollout.sampling import sample_token
-from opd_jax.types import Params, TokenIds
+from opd_jax.types import Params
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One rollout to draw."""
-
-    prompt_ids: TokenIds
-    problem: int  # 31-bit key of the problem
-    sample: int  # which rollout of that problem, over the whole run
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """One rollout drawn."""
-
-    ids: np.ndarray  # [R] int32, the end-of-text token included where one came
-    logprobs: np.ndarray  # [R] float32, raw: before top-p, at the sampling temperature
-    truncated: bool  # the limit came before the end of text
 
 
 @struct.dataclass

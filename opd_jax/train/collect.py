@@ -15,7 +15,8 @@ from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
-from opd_jax.rollout.jax_engine import Request, make_sampler, sample
+from opd_jax.rollout.engine import Request
+from opd_jax.rollout.jax_engine import make_sampler, sample
 from opd_jax.rollout.score import (
     Scorer,
     attach,
