@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.model import Qwen3Config, make_mesh, preset
@@ -39,6 +41,8 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
       InputError: the mesh is larger than the topology, or the settings do not fit each other.
     """
     devices = devices_of(topology)
+    if topology != "local":  # what was compiled for devices that are not here cannot be loaded again
+        jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     models = model_of(student, "--model"), model_of(teacher, "--teacher")
     kernel = kernel_of(models[0], config, mesh)
