@@ -104,7 +104,7 @@ def scope_opd(
     >>> scope_opd(tea, tea, 1 - wrong, group, jnp.ones((2, 6)))[:, 0]  # 1 / .2 and 1 / .6, over their sum
     Array([0.75, 0.25], dtype=float32)
     """
-    cur, tea = (masked(jax.lax.stop_gradient(x), mask) for x in (cur, tea))
+    cur, tea = jax.lax.stop_gradient(cur), jax.lax.stop_gradient(tea)
     inside = mask.astype(bool)
     ids = sequence_segments(mask, sequence_ids)
     length = jnp.maximum(segment_total(inside, ids), 1)

@@ -138,6 +138,13 @@ def test_behaviour_teacher_and_advantage_are_detached(loss):
         np.testing.assert_allclose(slope[1], cur - tea, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [topk_loss, topk_unrenormalised_loss, topk_tail_loss, topk_generalised_loss])
+def test_the_teacher_on_the_support_is_detached(loss):
+    log_p, log_q = (jax.nn.log_softmax(fields(i)["student_logits"])[..., :K] for i in (0, 1))
+    slope = with_slopes(loss, argnums=1)(log_p, log_q)[1]
+    np.testing.assert_array_equal(slope, 0 * log_q)
+
+
 def test_topk_gradient_is_exactly_zero_off_the_support():
     logits = jnp.array(np.random.default_rng(0).normal(size=(1, 2, 9)).astype(np.float32))
     ids = jnp.array([[[1, 4, 7], [0, 2, 8]]])
