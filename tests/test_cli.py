@@ -115,12 +115,15 @@ def test_help_needs_no_jax():
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
+    """As ends a run without an interruption, and one that keeps both models on the device."""
     env = {**as_users_have_it(), "PYTHONPATH": str(ROOT)}
     opd = [sys.executable, "-m", "opd_jax.cli"]
 
     def distill(name: str, interrupt: bool) -> subprocess.CompletedProcess:
         folder = tmp_path / name
         config = LAB if not folder.exists() else []
+        if config and interrupt:
+            config = [*LAB, "--model.residency=sequential"]
         process = subprocess.Popen(
             [*opd, "distill", str(folder), *config],
             env=env,
@@ -140,6 +143,8 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_same(tmp_path):
     cut = distill("cut", interrupt=True)
     assert cut.returncode == 130, cut.stderr
     assert "stopping at the next safe place" in cut.stderr
+    peak = next(line for line in cut.stdout.splitlines() if line.startswith("peak: "))
+    assert peak.endswith("GiB on a device, in train")
     assert f"go on with: {sys.executable} -m opd_jax.cli distill {tmp_path / 'cut'}" in cut.stderr
     assert "Traceback" not in cut.stderr
     done = (tmp_path / "cut" / "metrics.jsonl").read_text().count("\n")
