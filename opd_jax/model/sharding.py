@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import traverse_util
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.errors import InputError
@@ -58,12 +59,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *,
             f"(data, fsdp, expert, tensor) needs {wanted}, there are {present}; lower one of mesh.data, "
             "mesh.fsdp, mesh.expert, mesh.tensor"
         )
-    return jax.make_mesh(
-        shape,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:wanted],
-    )
+    kinds, chosen = (AxisType.Auto,) * len(MESH_AXES), devices[:wanted]
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=chosen)
+    except NotImplementedError:  # an axis is smaller than the torus it would lie on
+        laid_out = create_device_mesh(shape, chosen, allow_split_physical_axes=True)
+        return Mesh(laid_out, MESH_AXES, axis_types=kinds)
 
 
 def partition(*axes: str) -> PartitionSpec:

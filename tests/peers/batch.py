@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.method import drift_gate, fixed_blocks, objective, weighted_loss
-from tests import oracle
+from tests.oracle import gates, segments
 
 B, T, V, K = 4, 9, 11, 4
 BLOCK = 3
@@ -80,9 +80,7 @@ def gate_weights(gate: Gate) -> np.ndarray:
     """The gate as printed, in float64 NumPy; ones without one."""
     if not gate.on:
         return MASK.astype(np.float64)
-    return oracle.gates.drift_gate(
-        CUR, OLD, MASK, oracle.segments.fixed_blocks(MASK, BLOCK), scope=gate.scope
-    )
+    return gates.drift_gate(CUR, OLD, MASK, segments.fixed_blocks(MASK, BLOCK), scope=gate.scope)
 
 
 def our_gate(z: jax.Array) -> jax.Array:

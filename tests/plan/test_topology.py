@@ -1,0 +1,38 @@
+"""Plans for TPUs that are not here, by their own compiler; skipped where that is not installed."""
+
+import importlib.util
+import os
+
+import pytest
+
+from opd_jax.lab import student, teacher
+from opd_jax.model import make_mesh
+from opd_jax.plan import devices_of
+from opd_jax.plan.command import plan
+from tests.conftest import tiny_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("topology", "axes"), [("v5e:4x4", {"fsdp": 8, "tensor": 2}), ("v5p:8x8x8", {"fsdp": 128, "tensor": 4})]
+)
+def test_a_mesh_may_split_an_axis_of_the_torus(topology, axes):
+    mesh = make_mesh(**axes, devices=devices_of(topology))
+    assert {name: mesh.shape[name] for name in axes} == axes
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+
+
+def test_the_programs_of_a_run_compile_for_a_tpu():
+    config = tiny_config("--mesh.fsdp=4", "--model.compute_dtype=bfloat16", "--sampling.prompts=8")
+    programs, memory, about = plan(config, str(student()), str(teacher()), "v5e:2x2")
+    assert memory == 16 * 2**30
+    assert "4 of 4 devices, TPU v5 lite" in about
+    for program in programs:
+        assert not program.error
+        assert 0 < program.total < memory / 100
+    assert programs[-1].traffic["all-gather"] > 0
+    assert os.environ["TPU_SKIP_MDS_QUERY"]
