@@ -118,7 +118,7 @@ def scope_opd(
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
     mine = 2 * group + right
-    e = jnp.exp(score - jnp.where(jnp.isfinite(largest), largest, 0.0)[mine])
+    e = jnp.exp(score - largest[mine])
     total = jax.ops.segment_sum(jnp.where(one, e, 0.0).ravel(), bucket, num_segments=2 * rows)
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)

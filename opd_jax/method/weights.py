@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from opd_jax.method.arithmetic import wide
 from opd_jax.method.gates import drift, masked
 from opd_jax.method.losses import importance_ratio
 from opd_jax.method.scope import masked_quantile
@@ -131,7 +132,7 @@ def iw_opd(
     Array([[1.5  , 1.375, 1.125, 1.   , 1.   , 1.   ],
            [1.5  , 1.375, 1.25 , 1.125, 0.   , 0.   ]], dtype=float32)
     """
-    a = jnp.abs(masked(jax.lax.stop_gradient(tea), mask) - masked(jax.lax.stop_gradient(old), mask))
+    a = jnp.abs(jax.lax.stop_gradient(wide(tea) - wide(old)))
     total = segment_total(a, sequence_segments(mask, sequence_ids))
     before = running_total(a, mask, sequence_ids) - a
     share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)
@@ -154,7 +155,7 @@ def sg_opd(old: Array, tea: Array, mask: Array, *, tau: float) -> Array:
     Array([[1.  , 1.  , 1.  , 0.5 , 0.25, 1.  ],
            [1.  , 1.  , 1.  , 0.5 , 0.  , 0.  ]], dtype=float32)
     """
-    a = jnp.abs(masked(jax.lax.stop_gradient(tea), mask) - masked(jax.lax.stop_gradient(old), mask))
+    a = jnp.abs(jax.lax.stop_gradient(wide(tea) - wide(old)))
     return masked(tau / jnp.maximum(a, tau), mask)
 
 

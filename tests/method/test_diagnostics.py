@@ -95,6 +95,11 @@ def test_effective_token_ratio_is_the_formula(w, mask):
     np.testing.assert_allclose(got, gates.effective_token_ratio(w, mask) if mask.any() else 1, rtol=2e-5)
 
 
+def test_effective_token_ratio_of_nothing_has_a_finite_gradient():
+    slope = jax.grad(effective_token_ratio)(jnp.zeros((1, 4)), jnp.ones((1, 4)))
+    assert np.isfinite(slope).all()
+
+
 def test_effective_token_ratio_limits():
     mask = jnp.ones((1, 4))
     for weights, want in (

@@ -47,6 +47,16 @@ def test_jsd_by_hand():
     np.testing.assert_allclose(jsd_loss(p, q, beta=0.2), [[want]], rtol=1e-5)
 
 
+def test_an_id_that_one_side_excludes_stays_in_the_mixture():
+    p, q = jnp.array([[[0.0, -jnp.inf]]]), jnp.log(jnp.array([[[0.5, 0.5]]]))
+    # M = (.75, .25)
+    want = 0.5 * np.log(1 / 0.75) + 0.5 * (0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))
+    for student, teacher in ((p, q), (q, p)):
+        loss, slope = with_slopes(jsd_loss)(student, teacher)
+        np.testing.assert_allclose(loss, [[want]], rtol=1e-5)
+        assert np.isfinite(slope).all()
+
+
 def test_limits_and_symmetries_of_the_jsd():
     p, q = fields(2)["student_logits"], fields(2)["teacher_logits"]
     np.testing.assert_array_equal(jsd_loss(p, q, beta=0.0), full_kl_loss(p, q, direction="forward"))
