@@ -53,7 +53,7 @@ REASONS: dict[tuple[str, str, str], str] = {
         "weights.py",
         "low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)",
         "jax.lax.pmax(low, axis_name)",
-    ): "the score is 1 - (1 - h)(1 - k), and the low end only scales 1 - h, which orders tokens the same",
+    ): "the score is 1 - (1 - h)(1 - k), and the low end scales 1 - h alone, which changes no order",
     ("segments.py", "start = (none, zero, zero, zero, none > 0)", "1"): "none is all zeros",
 }
 
