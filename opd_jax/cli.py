@@ -16,6 +16,7 @@ from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
 from opd_jax.processes import join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
+NO_SETTINGS = ("report", "lab", "problems")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", default="", help="the student: a published size, or a checkpoint folder")
     plan.add_argument("--teacher", default="", help="the teacher, likewise")
     plan.add_argument("--json", type=Path, help="write the figures here, too")
+    problems = command("problems", "Make a training set without what evaluation asks.", settings="")
+    problems.add_argument(
+        "sources", nargs="+", metavar="FILE", help="problems: file, folder or hf:OWNER/NAME"
+    )
+    problems.add_argument("--against", nargs="+", metavar="FILE", default=[], help="evaluation problems")
+    problems.add_argument("--out", type=Path, required=True, help="JSON lines to write")
+    problems.add_argument("--report", type=Path, help="report to write, .json; readable beside it as .txt")
+    problems.add_argument(
+        "--common", type=int, default=10, help="problems that may share words before they count as phrasing"
+    )
     lab = command("lab", "Train the lab's models from nothing.", settings="")
     lab.add_argument("--out", type=Path, required=True, help="folder to write")
     lab.add_argument("--root-seed", type=int, default=0, help="of problems, batches and initial weights")
@@ -104,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_on_signal() as stop:
             words, settings = split_settings(argv)
             arguments = _parser().parse_args(words)
-            if settings and arguments.command in ("report", "lab"):
+            if settings and arguments.command in NO_SETTINGS:
                 raise InputError(
                     f"opd {arguments.command} takes no settings: got {' '.join(settings)}; drop them"
                 )
@@ -130,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on, in words that work where this command did."""
-    if argv[:1] == ["lab"]:
+    if argv[:1] in (["lab"], ["problems"]):
         return "begin again with the same command"
     program = sys.argv[0] if Path(sys.argv[0]).name == "opd" else f"{sys.executable} -m opd_jax.cli"
     return f"go on with: {program} {shlex.join(argv)}"

@@ -161,6 +161,19 @@ def _plan(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
     check_fit(programs, memory)
 
 
+def _problems(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.tasks.clean import clean_problems
+
+    report = arguments.report or arguments.out.with_suffix(".report.json")
+    told = clean_problems(
+        arguments.sources, arguments.against, arguments.out, report, common=arguments.common
+    )
+    print(
+        f"problems: {told['problems']:,} in {arguments.out}; left out {told['duplicates']:,} duplicates and "
+        f"{told['contaminated']:,} that evaluation asks; every pair in {report.with_suffix('.txt')}"
+    )
+
+
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     from opd_jax.lab.make import make  # loads what only this command needs
 
@@ -176,5 +189,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {
     "evaluate": _evaluate,
     "report": _report,
     "plan": _plan,
+    "problems": _problems,
     "lab": _lab,
 }
