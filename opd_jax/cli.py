@@ -16,7 +16,7 @@ from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
 from opd_jax.processes import join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
-NO_SETTINGS = ("report", "lab", "problems")
+NO_SETTINGS = ("report", "lab", "problems", "import")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,6 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     problems.add_argument(
         "--common", type=int, default=10, help="problems that may share words before they count as phrasing"
     )
+    imported = command("import", "Make a store of rollouts that another trainer wrote down.", settings="")
+    imported.add_argument("trainer", choices=("verl", "trl"), help="whose dump it is")
+    imported.add_argument("dump", type=Path, metavar="DUMP", help="file or folder")
+    imported.add_argument("--out", type=Path, required=True, help="store to write")
+    imported.add_argument("--tokenizer", type=Path, required=True, help="folder of the model's tokenizer")
+    imported.add_argument("--temperature", type=float, default=1.0, help="that the log-probs are of")
+    imported.add_argument("--reward", default="", metavar="COLUMN", help="column of the reward")
+    inspect = command("inspect", "Read drift and gate weights off a store, without training.")
+    inspect.add_argument("store", type=Path, help="scored or imported store")
+    inspect.add_argument("--round", type=int, action="append", default=[], help="only this round")
+    inspect.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for gate.segments newline")
+    inspect.add_argument("--json", type=Path, help="write the figures here, too")
     lab = command("lab", "Train the lab's models from nothing.", settings="")
     lab.add_argument("--out", type=Path, required=True, help="folder to write")
     lab.add_argument("--root-seed", type=int, default=0, help="of problems, batches and initial weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def rows_of_source(source: str | Path) -> tuple[str, Iterator[Row]]:
         must be named.
     """
     files = _files(str(source))
-    rows = _rows(files)
+    rows = (row for file in files for row in file_rows(file, _wanted))
     first = next(rows, None)
     if first is None:
         raise InputError(f"there must be at least one problem: {source} has none; give another file")
@@ -109,12 +109,28 @@ def _cached(name: str) -> Path:
         ) from None
 
 
-def _rows(files: Sequence[Path]) -> Iterator[Row]:
-    for file in files:
-        if file.suffix in (".parquet", ".arrow"):
-            yield from _table_rows(file)
-        else:
-            yield from _line_rows(file)
+def file_rows(file: Path, wanted: Callable[[Sequence[str]], Sequence[str]] = list) -> Iterator[Row]:
+    """Rows of one file: parquet, an Arrow stream, or by any other name JSON lines.
+
+    Args:
+      file: what is read.
+      wanted: of the columns of a parquet file those to read; all by default.
+
+    Raises:
+      InputError: the file, or one of its lines, cannot be read.
+    """
+    if file.suffix in (".parquet", ".arrow"):
+        yield from _table_rows(file, wanted)
+    else:
+        yield from _line_rows(file)
+
+
+def _wanted(names: Sequence[str]) -> list[str]:
+    """Of a wide table, what a layout reads and what names a row; all of it where no layout is known."""
+    layout = layout_of(names)
+    if layout is None:
+        return list(names)
+    return [name for name in names if name.lower() in (*LAYOUTS[layout].columns, *NAMING)]
 
 
 def _line_rows(file: Path) -> Iterator[Row]:
@@ -132,8 +148,8 @@ def _line_rows(file: Path) -> Iterator[Row]:
         yield where, {name.lower(): value for name, value in fields.items()}
 
 
-def _table_rows(file: Path) -> Iterator[Row]:
-    """Rows of a parquet or Arrow file, a batch in memory at a time, and only the columns that are read."""
+def _table_rows(file: Path, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[Row]:
+    """Rows of a parquet or Arrow file, a batch in memory at a time."""
     number = 0
     try:
         if file.suffix == ".arrow":
@@ -143,10 +159,7 @@ def _table_rows(file: Path) -> Iterator[Row]:
                     number += batch.num_rows
             return
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
-            names = table.schema_arrow.names
-            layout = layout_of(names)
-            wanted = {*NAMING, *LAYOUTS[layout].columns} if layout else set(n.lower() for n in names)
-            for batch in table.iter_batches(4096, columns=[n for n in names if n.lower() in wanted]):
+            for batch in table.iter_batches(4096, columns=list(wanted(table.schema_arrow.names))):
                 yield from _batch_rows(batch, file, number)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
