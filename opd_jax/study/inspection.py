@@ -9,10 +9,12 @@ the trainer it is the drift of training on stale rollouts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,8 +89,9 @@ def _read(store: RolloutStore, beside: RolloutStore, round_: int, config: Config
     width = max(len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts)
     width = -(-width // 64) * 64  # few shapes, so that rounds share compiled programs
     rows = make_rows([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], width)
-    d, w, segments = _weights(config, rows, spread(cur, rows.mask), spread(old, rows.mask), newline)
     mask = rows.mask
+    made = _weights(config, rows, spread(cur, mask), spread(old, mask), newline)
+    d, w, segments = np.asarray(made[0]), np.asarray(made[1]), made[2]
     score = np.zeros_like(d)
     if segments is not None:
         score = np.abs(segment_score(jnp.asarray(d), mask, segments, statistic=config.gate.statistic))
@@ -129,15 +132,14 @@ def _second(
     return [other.behaviour_logprobs for other in others]
 
 
-def _weights(
-    config: Config, rows: Rows, cur: np.ndarray, old: np.ndarray, newline: Any
-) -> tuple[np.ndarray, np.ndarray, Any]:
+@functools.partial(jax.jit, static_argnames="config")
+def _weights(config: Config, rows: Rows, cur: Any, old: Any, newline: Any) -> tuple[Any, Any, Any]:
     """Drift and weights ``[B, T]`` of a minibatch, and its segments, as the gated step makes them."""
     fields: dict[str, Any] = {
-        "mask": jnp.asarray(rows.mask),
-        "sequence_ids": jnp.asarray(rows.sequence_ids),
-        "cur": jnp.asarray(cur),
-        "old": jnp.asarray(old),
+        "mask": rows.mask,
+        "sequence_ids": rows.sequence_ids,
+        "cur": cur,
+        "old": old,
         **drawn_fields(config, jnp.zeros((), jnp.int32), rows.mask.shape),
     }
     kind = config.gate.segments
@@ -148,7 +150,7 @@ def _weights(
     d, w = drift_weights(
         fields["cur"], fields["old"], fields["mask"], fields["segments"], **gate_options(config, fields)
     )
-    return np.asarray(d), np.asarray(w), fields["segments"]
+    return d, w, fields["segments"]
 
 
 def _percentiles(values: np.ndarray) -> list[float]:
@@ -175,9 +177,11 @@ def as_text(path: Path, config: Config, readings: Sequence[Reading]) -> str:
     """Readings as a page of text."""
     gate = config.gate
     kind = f"{gate.segments} of {gate.block}" if gate.segments == "block" else gate.segments
+    tau = f"tau {gate.tau:g}" if gate.target_ratio is None else f"tau for a ratio of {gate.target_ratio:g}"
+    others = "".join(f", {name}" for name in (*config.weights.members, f"control {gate.control}"))
     lines = [
         f"{path}: drift is the trainer's log-prob minus the sampler's, nats a token",
-        f"gate: {kind}, {gate.statistic}, {gate.map}, tau {gate.tau:g}, scope {gate.scope}",
+        f"gate: {kind}, {gate.statistic}, {gate.map}, {tau}, scope {gate.scope}{others}",
     ]
     heads = " ".join(f"{name:>9}" for name in ("min", *(f"p{p}" for p in PERCENTS[1:-1]), "max"))
     for reading in readings:
