@@ -77,9 +77,9 @@ def import_dump(
     skipped: list[int] = []
     count = repeats = 0
     for step, drawn in _by_step(first, rows, trainer, names):
-        now = {_content(row) for row in drawn}
-        fresh = [row for row in drawn if _content(row) not in before]
-        repeats, before = repeats + len(drawn) - len(fresh), now
+        # trl logs its newest completions at every step, those that reuse them included.
+        fresh = [row for row in drawn if trainer == "verl" or _content(row) not in before]
+        repeats, before = repeats + len(drawn) - len(fresh), {_content(row) for row in drawn}
         rollouts: dict[str, list[Rollout]] = {name: [] for name in names}
         for row in fresh:
             for name in names:
