@@ -86,7 +86,7 @@ def plain(text: str) -> str:
     r"""Text as it is compared, before it is cut: see the head of this module.
 
     >>> plain(r"Find $\dfrac{1}{2}\,\left(x+1,000\right)$.").split()
-    ['find', '\\frac{1}{2}', '(x+1000', ').']
+    ['find', '\\frac{1}{2}', '(x+1000', ')', '.']
     """
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     text = _LAYOUT.sub(" ", _ENVIRONMENT.sub(" ", text)).lower()
