@@ -1,10 +1,12 @@
 """A run asks as its settings say: in what it samples, in what it evaluates, and in what it refuses."""
 
 import json
+import sys
 
 import pytest
 
 from opd_jax.errors import InputError
+from opd_jax.evaluate import answers
 from opd_jax.study.evaluation import answers_file, evaluate_run
 from opd_jax.tasks import prompt_ids, prompting_digest
 from opd_jax.train.loop import do_part
@@ -32,7 +34,7 @@ def test_the_instruction_is_asked_wherever_a_problem_is(tmp_path, monkeypatch):
         seen.append(how.instruction)
         return prompt_ids(tokenizer, text, how)
 
-    monkeypatch.setattr("opd_jax.evaluate.answers.prompt_ids", spy)
+    monkeypatch.setattr(sys.modules[answers.__module__], "prompt_ids", spy)
     evaluate_run(run, "base", lambda answer: None, never)
     assert set(seen) == {"+"}
     told = json.loads(answers_file(run, "base").with_suffix(".json").read_text())
