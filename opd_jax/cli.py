@@ -16,6 +16,7 @@ from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
 from opd_jax.processes import join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
+NO_SETTINGS = ("report", "lab", "problems", "import")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +69,28 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", default="", help="the student: a published size, or a checkpoint folder")
     plan.add_argument("--teacher", default="", help="the teacher, likewise")
     plan.add_argument("--json", type=Path, help="write the figures here, too")
+    problems = command("problems", "Make a training set without what evaluation asks.", settings="")
+    problems.add_argument(
+        "sources", nargs="+", metavar="FILE", help="problems: file, folder or hf:OWNER/NAME"
+    )
+    problems.add_argument("--against", nargs="+", metavar="FILE", default=[], help="evaluation problems")
+    problems.add_argument("--out", type=Path, required=True, help="JSON lines to write")
+    problems.add_argument("--report", type=Path, help="report to write, .json; readable beside it as .txt")
+    problems.add_argument(
+        "--common", type=int, default=10, help="problems that may share words before they count as phrasing"
+    )
+    imported = command("import", "Make a store of rollouts that another trainer wrote down.", settings="")
+    imported.add_argument("trainer", choices=("verl", "trl"), help="whose dump it is")
+    imported.add_argument("dump", type=Path, metavar="DUMP", help="file or folder")
+    imported.add_argument("--out", type=Path, required=True, help="store to write")
+    imported.add_argument("--tokenizer", type=Path, required=True, help="folder of the model's tokenizer")
+    imported.add_argument("--temperature", type=float, default=1.0, help="that the log-probs are of")
+    imported.add_argument("--reward", default="", metavar="COLUMN", help="column of the reward")
+    inspect = command("inspect", "Read drift and gate weights off a store, without training.")
+    inspect.add_argument("store", type=Path, help="scored or imported store")
+    inspect.add_argument("--round", type=int, action="append", default=[], help="only this round")
+    inspect.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for gate.segments newline")
+    inspect.add_argument("--json", type=Path, help="write the figures here, too")
     lab = command("lab", "Train the lab's models from nothing.", settings="")
     lab.add_argument("--out", type=Path, required=True, help="folder to write")
     lab.add_argument("--root-seed", type=int, default=0, help="of problems, batches and initial weights")
@@ -104,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_on_signal() as stop:
             words, settings = split_settings(argv)
             arguments = _parser().parse_args(words)
-            if settings and arguments.command in ("report", "lab"):
+            if settings and arguments.command in NO_SETTINGS:
                 raise InputError(
                     f"opd {arguments.command} takes no settings: got {' '.join(settings)}; drop them"
                 )
@@ -130,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on, in words that work where this command did."""
-    if argv[:1] == ["lab"]:
+    if argv[:1] in (["lab"], ["problems"]):
         return "begin again with the same command"
     program = sys.argv[0] if Path(sys.argv[0]).name == "opd" else f"{sys.executable} -m opd_jax.cli"
     return f"go on with: {program} {shlex.join(argv)}"

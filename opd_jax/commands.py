@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -161,6 +162,63 @@ def _plan(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
     check_fit(programs, memory)
 
 
+def _problems(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.tasks.clean import clean_problems
+
+    report = arguments.report or arguments.out.with_suffix(".report.json")
+    told = clean_problems(
+        arguments.sources, arguments.against, arguments.out, report, common=arguments.common
+    )
+    print(
+        f"problems: {told['problems']:,} in {arguments.out}; left out {told['duplicates']:,} duplicates and "
+        f"{told['contaminated']:,} that evaluation asks; every pair in {report.with_suffix('.txt')}"
+    )
+
+
+def _import(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.rollout.import_dumps import import_dump, old_store
+    from opd_jax.tasks import load_tokenizer
+
+    told = import_dump(
+        arguments.dump,
+        arguments.trainer,
+        arguments.out,
+        load_tokenizer(arguments.tokenizer),
+        temperature=arguments.temperature,
+        reward=arguments.reward,
+    )
+    skipped = f", {len(told.skipped)} there already" if told.skipped else ""
+    print(
+        f"imported: {told.rollouts:,} rollouts in {len(told.rounds)} rounds{skipped}, {told.repeats:,} that "
+        f"came again left out; {told.columns[0]} in {arguments.out}"
+    )
+    if len(told.columns) == 2:
+        print(f"{told.columns[1]} in {old_store(arguments.out)}; next: opd inspect {arguments.out}")
+    else:
+        print("one column of log-probs: drift can be read once a second is there, by scoring these rollouts")
+
+
+def _inspect(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    from opd_jax.study.inspection import as_text, inspect_store
+    from opd_jax.tasks import load_tokenizer, newline_table
+    from opd_jax.train.choices import check_choices
+
+    for word in overrides:
+        if not word.startswith(("--gate.", "--weights.", "--seed")):
+            raise InputError(f"inspect takes settings of gate and weights: got {word}; drop it")
+    config = load_config(arguments.config, overrides)
+    check_choices(config)
+    newline = None
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        newline = newline_table(tokenizer, len(tokenizer))
+    readings = inspect_store(arguments.store, config, newline=newline, rounds=arguments.round)
+    print(as_text(arguments.store, config, readings))
+    if arguments.json:
+        told = [dataclasses.asdict(reading) for reading in readings]
+        write_text(arguments.json, json.dumps(told, indent=1, allow_nan=False) + "\n")
+
+
 def _lab(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     from opd_jax.lab.make import make  # loads what only this command needs
 
@@ -176,5 +234,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {
     "evaluate": _evaluate,
     "report": _report,
     "plan": _plan,
+    "problems": _problems,
+    "import": _import,
+    "inspect": _inspect,
     "lab": _lab,
 }

@@ -45,10 +45,16 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProblemsConfig:
-    """What is asked."""
+    """What is asked, and how it is put to a model: `opd_jax.tasks`."""
 
-    train: str = ""  # JSON-lines file, or "module:function" that returns problems
+    train: str = ""  # file, folder or hf:OWNER/NAME, or "module:function" that returns problems
     heldout: str = ""  # the same, for evaluation
+    template: Literal["plain", "chat"] = (
+        "plain"  # the question as it stands, or the tokenizer's chat template
+    )
+    thinking: bool = True  # of chat templates that can leave it out, as Qwen3's can
+    system: str = ""  # a system message, of chat
+    instruction: str = ""  # put behind every question, on a line of its own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,6 +165,12 @@ def check(config: Config) -> None:
         for name in names:
             if name in values and not holds(values[name]):
                 raise InputError(f"{name} must be {rule}: got {values[name]}; correct it")
+    problems = config.problems
+    if problems.template == "plain" and (problems.system or not problems.thinking):
+        raise InputError(
+            "problems.system and problems.thinking are of chat templates: problems.template is plain; set it "
+            "to chat, or drop them"
+        )
     gate = config.gate
     if gate.span_maximum < gate.span_minimum:
         raise InputError(

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 
+from opd_jax.config import ProblemsConfig
 from opd_jax.errors import InputError
 from opd_jax.evaluate.pass_at_k import pass_at_k
 from opd_jax.files import read_text, write_text
 from opd_jax.rollout.engine import Request
 from opd_jax.rollout.jax_engine import Sampler, sample
-from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
+from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.types import Params
 
 
@@ -42,6 +43,7 @@ def answers(
     samples: int,
     slots: int,
     max_prompt: int,
+    prompting: ProblemsConfig | None = None,
 ) -> Iterator[Answer]:
     """Draw ``samples`` responses to every problem and grade them.
 
@@ -55,9 +57,11 @@ def answers(
       root: key of the evaluation stream.
       samples: n, per problem.
       slots, max_prompt: of the sampler.
+      prompting: how a prompt is made of a problem; by default it is the plain question.
     """
+    settings = prompting or ProblemsConfig()
     draws = [(problem, number) for problem in problems for number in range(samples)]
-    prompts = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems}
+    prompts = {problem.id: prompt_ids(tokenizer, problem.prompt, settings) for problem in problems}
     requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
     drawn = sample(sampler, params, requests, root, slots=slots, max_prompt=max_prompt)
     for (problem, number), generated in zip(draws, drawn, strict=True):

@@ -16,6 +16,7 @@ from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
 from opd_jax.processes import agreed, is_first
 from opd_jax.rollout import make_sampler
+from opd_jax.tasks import prompting_digest
 from opd_jax.train.run import Run
 
 Who = Literal["student", "base", "teacher"]
@@ -33,6 +34,7 @@ def conditions(run: Run) -> dict[str, Any]:
         **dataclasses.asdict(run.config.evaluation),
         "max_response": run.config.sampling.max_response,
         "problems": run.identity["problems.heldout"],
+        "prompting": prompting_digest(run.tokenizer, run.config.problems),
     }
 
 
@@ -77,6 +79,7 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
             samples=evaluation.samples,
             slots=sampling.slots,
             max_prompt=sampling.max_prompt,
+            prompting=run.config.problems,
         ):
             if stop():
                 raise Interrupted

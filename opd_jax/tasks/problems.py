@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from opd_jax.errors import InputError
-from opd_jax.files import read_text
+from opd_jax.tasks.layouts import LAYOUTS
+from opd_jax.tasks.tables import rows_of_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +29,60 @@ class Problem:
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big") >> 1
 
 
-def read_problems(path: str | Path) -> list[Problem]:
-    """Read problems from JSON lines, each ``{"id": ..., "prompt": ..., "answer": ...}``.
+@dataclasses.dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one source, and what was read to get them."""
 
-    ``id`` may be left out; it is then derived from the prompt.
+    source: str
+    layout: str  # a name of `opd_jax.tasks.layouts.LAYOUTS`
+    problems: list[Problem]
+    rows: int
+    repeats: int  # rows that repeat another to the letter, which DAPO-Math-17k does a hundredfold
+    unwrapped: int  # problems whose prompt lost an instruction of the set's own
+
+
+def read_problems(source: str | Path) -> list[Problem]:
+    """The problems of a file or folder, in order; see `read_problem_set`."""
+    return read_problem_set(source).problems
+
+
+def read_problem_set(source: str | Path) -> ProblemSet:
+    """Read problems from JSON lines, parquet, or a folder of a data set.
+
+    The formats are those of `opd_jax.tasks.tables.rows_of_source`, the layouts those of
+    `opd_jax.tasks.layouts`. An id that is not there is derived from the prompt. In a layout other than the
+    project's own, rows that repeat another to the letter are left out and counted.
 
     Raises:
-      InputError: the file is missing or empty, a line is not such an object, or an id comes twice.
+      InputError: the source is missing or empty, its columns are of no known layout, a row cannot be
+        read, or an id comes twice.
     """
-    path = Path(path)
-    problems = []
-    # Not splitlines(): a line separator may stand inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    layout, rows = rows_of_source(source)
+    found: dict[str, Problem] = {}
+    count = repeats = unwrapped = 0
+    for where, fields in rows:
+        count += 1
         try:
-            fields = json.loads(line)
-            prompt, answer = fields["prompt"], fields["answer"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            asked = LAYOUTS[layout].read(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(
-                'each line must be a JSON object with "prompt" and "answer": '
-                f"line {number} of {path} is not; correct it"
+                f"each row must have {' and '.join(LAYOUTS[layout].columns)}: {where} does not ({reason}); "
+                "correct it"
             ) from None
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
-            answer = str(answer)
-        for name, text in (("prompt", prompt), ("answer", answer)):
+        for name, text in (("prompt", asked.prompt), ("answer", asked.answer)):
             if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
-                raise InputError(f"the {name} must be text: line {number} of {path} has {text!r}; correct it")
-        name = str(fields.get("id") or hashlib.sha256(prompt.encode()).hexdigest()[:16])
-        problems.append(Problem(name, prompt, answer))
-    check_problems(problems, str(path))
-    return problems
+                raise InputError(f"the {name} must be text: {where} has {text!r}; correct it")
+        name = asked.id or hashlib.sha256(asked.prompt.encode()).hexdigest()[:16]
+        problem = Problem(name, asked.prompt, asked.answer)
+        if name not in found:
+            found[name] = problem
+            unwrapped += asked.unwrapped
+        elif layout != "prompt" and found[name] == problem:
+            repeats += 1
+        else:
+            raise InputError(f"a problem must be listed once: {where} has {name!r} twice; remove one")
+    return ProblemSet(str(source), layout, list(found.values()), count, repeats, unwrapped)
 
 
 def _is_unicode(text: str) -> bool:

@@ -29,7 +29,7 @@ from opd_jax.rollout.score import (
     rows_of,
 )
 from opd_jax.rollout.store import Rollout
-from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
+from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups, wanted_extras
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
@@ -72,7 +72,8 @@ def sample_round(run: Run, stop: Stop) -> None:
     round_, config = len(run.rollouts.rounds), run.config
     run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
-    prompts = {problem.id: encode_prompt(run.tokenizer, problem.prompt) for problem, _ in draws}
+    asked = {problem.id: problem.prompt for problem, _ in draws}
+    prompts = {name: prompt_ids(run.tokenizer, text, config.problems) for name, text in asked.items()}
     generated = sample(
         make_sampler(
             run.model,

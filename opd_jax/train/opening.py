@@ -14,7 +14,7 @@ from opd_jax.errors import InputError
 from opd_jax.files import read_text, write_text
 from opd_jax.processes import is_first, wait_for_all
 from opd_jax.settings import load_config, save_config
-from opd_jax.tasks import encode_prompt
+from opd_jax.tasks import check_template, prompt_ids
 from opd_jax.train.choices import check_choices
 from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run
@@ -89,8 +89,9 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
                 f"loss.{name} cannot exceed the vocabulary: got {getattr(config.loss, name)}, there are "
                 f"{vocabulary} ids; lower it"
             )
+    check_template(run.tokenizer, config.problems)
     for problem in (*run.problems, *run.heldout):
-        length = len(encode_prompt(run.tokenizer, problem.prompt))
+        length = len(prompt_ids(run.tokenizer, problem.prompt, config.problems))
         if not 1 <= length <= config.sampling.max_prompt:
             raise InputError(
                 f"a prompt must have 1 to {config.sampling.max_prompt} tokens: problem {problem.id!r} has "

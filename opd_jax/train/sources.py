@@ -26,7 +26,7 @@ def model_folder(source: str, name: str) -> Path:
 def named_problems(source: str, name: str) -> list[Problem]:
     """Problems of a file, or those that a function gives."""
     if not source:
-        raise InputError(f"{name} must be set: it is empty; name a JSON-lines file of problems")
+        raise InputError(f"{name} must be set: it is empty; name a file of problems")
     if not is_named(source):
         return read_problems(source)
     problems = call_named(source, list)
