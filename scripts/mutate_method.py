@@ -278,8 +278,8 @@ def write(results: list[tuple[Mutant, str | None]], seed: int) -> None:
         "# Mutations of the method",
         "",
         f"`scripts/mutate_method.py --count {len(results)} --seed {seed}`: {len(caught)} of {len(results)} "
-        f"caught ({100 * len(caught) / len(results):.1f} %); of the {len(telling)} that change what the package "
-        f"computes, {100 * len(caught) / len(telling):.1f} %.",
+        f"caught ({100 * len(caught) / len(results):.1f} %); of the {len(telling)} that change a result, "
+        f"{100 * len(caught) / len(telling):.1f} %.",
         "",
         "| kind | mutants | caught |",
         "|---|---|---|",
