@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +55,9 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     for problem in problems:
         digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
     return digest.hexdigest()
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's chat template: how problems became prompts; of nothing where it has none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
