@@ -38,7 +38,9 @@ class Scratch:
         file = io.BytesIO()
         np.savez(file, **dict(_bits(name, array) for name, array in arrays.items()))  # type: ignore[arg-type]
         data = file.getvalue()
-        self._place.create(f"{self._folder}/{part_name(f'{piece}-{self._made_of}', data, '.npz')}", data)
+        name = f"{self._folder}/{part_name(f'{piece}-{self._made_of}', data, '.npz')}"
+        self._place.remove(name)  # one of that name is not whole, or it would have been found
+        self._place.create(name, data)
 
     def found(self) -> dict[str, Arrays]:
         """The pieces that are whole; one that is not is as if it had never been."""

@@ -215,7 +215,13 @@ class ObjectPlace:
     def _put(self, name: str, data: bytes, mode: Any) -> None:
         import obstore
 
-        obstore.put(self._bucket, self._prefix + name, data, mode=mode, use_multipart=False)
+        try:
+            obstore.put(self._bucket, self._prefix + name, data, mode=mode, use_multipart=False)
+        except FileNotFoundError:
+            raise InputError(
+                f"the bucket of an object store must be there: {self.path} has none; create it, or "
+                "check the URL"
+            ) from None
 
     def names(self, folder: str) -> list[str]:
         import obstore
