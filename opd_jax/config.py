@@ -71,6 +71,16 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """What is stored with rollouts, and whose rollouts are taken."""
+
+    teacher_hidden: bool = False  # the teacher's last hidden states, bf16: see rollout.score.full_logprobs
+    # Rollouts of another student, tokenizer, temperature, ... are refused unless what differs is named here
+    # with its value, as the refusal prints it: [student=0123456789ab, temperature=0.7].
+    accept: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The base loss of a token: `opd_jax.method.losses` and `mixed_losses`."""
 
@@ -228,6 +238,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

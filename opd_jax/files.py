@@ -29,12 +29,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # some writers create files that only their owner can read
         os.replace(temporary, path)
-        _sync(path.parent)  # the move itself must survive a power cut
+        sync(path.parent)  # the move itself must survive a power cut
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,11 +67,11 @@ def replacing_folder(folder: Path, ours: Sequence[str]) -> Iterator[Path]:
             shutil.copyfile(file, part / file.name)
         yield part
         for path in (*part.rglob("*"), part):
-            _sync(path)
+            sync(path)
         if folder.exists():
             os.rename(folder, old)
         os.rename(part, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         restore_folder(folder)
         _discard(folder)

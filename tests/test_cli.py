@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.cli import main
-from opd_jax.files import sha256
+from opd_jax.rollout.storage import digest_of
 from tests.conftest import TINY, as_users_have_it
+from tests.rollout.test_store import rewrite_manifest
 
 ROOT = Path(__file__).parent.parent
 LAB = ["--config", str(ROOT / "configs" / "lab.yaml"), *TINY]
@@ -80,15 +82,18 @@ def test_bad_input_is_one_line_and_status_2(argv, words, tmp_path, capsys):
 
 
 def test_a_store_of_another_student_is_refused(sampled, capsys):
-    manifest = sampled / "rollouts" / ".manifest.json"
-    content = json.loads(manifest.read_text())
-    content["about"]["student"] = "0" * 64
-    manifest.write_text(json.dumps(content))
-    assert "a store belongs to one student" in refused(capsys, "score", sampled)
+    def change(manifest):
+        manifest["about"]["student"] = "0" * 64
+
+    rewrite_manifest(sampled / "rollouts", change)
+    line = refused(capsys, "score", sampled)
+    assert "a store belongs to one student" in line
+    [named] = re.findall("--store.accept='(.*)'$", line)
+    assert main(["score", str(sampled), f"--store.accept={named}"]) == 0
 
 
 def test_a_response_of_length_zero_is_refused(sampled, capsys):
-    shard, manifest = sampled / "rollouts" / "round-00000.parquet", sampled / "rollouts" / ".manifest.json"
+    [shard] = (sampled / "rollouts" / "round-00000").iterdir()
     table = pq.read_table(shard)
     for name in ("response_ids", "behaviour_logprobs"):
         values = table.column(name).to_pylist()
@@ -97,12 +102,12 @@ def test_a_response_of_length_zero_is_refused(sampled, capsys):
         field = table.schema.field(place)
         table = table.set_column(place, field, pa.array(values, field.type))
     pq.write_table(table, shard)
-    content = json.loads(manifest.read_text())
-    content["shards"][0]["sha256"] = sha256(shard)
-    manifest.write_text(json.dumps(content))
-    line = refused(capsys, "score", sampled)
-    assert "at least one token: row 3 of" in line
-    assert "round-00000.parquet" in line
+
+    def change(manifest):
+        manifest["rounds"][0]["shards"][0]["sha256"] = digest_of(shard.read_bytes())
+
+    rewrite_manifest(sampled / "rollouts", change)
+    assert f"at least one token: row 3 of {shard}" in refused(capsys, "score", sampled)
 
 
 def test_help_needs_no_jax():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from opd_jax.errors import InputError
@@ -27,14 +28,14 @@ def _read(
     temperature: float,
     k: int = 0,
     usable: int | None = None,
-) -> tuple[Readout, jax.Array]:
-    """`read_head` on the model's last hidden states."""
-    hidden, routing = hidden_states(
+) -> tuple[Readout, jax.Array, jax.Array]:
+    """`read_head` on the model's last hidden states, and those states before the final norm."""
+    stream, routing = hidden_states(
         params, rows.tokens, config, positions=rows.positions, sequence_ids=rows.sequence_ids
     )
     # Computed anew in the backward pass, which then keeps none of the norm's float32 copies.
     norm = jax.checkpoint(rms_norm, static_argnums=2)
-    hidden = norm(hidden, params["norm"], config.rms_norm_eps)
+    hidden = norm(stream, params["norm"], config.rms_norm_eps)
     told, ids = read_head(
         hidden,
         head(params),
@@ -44,7 +45,7 @@ def _read(
         k=k,
         usable=usable,
     )
-    return dataclasses.replace(told, routing=routing), ids
+    return dataclasses.replace(told, routing=routing), ids, stream
 
 
 def readout(
@@ -82,6 +83,7 @@ class TopK:
     ids: jax.Array  # [B, T, K] int32, best first
     logprobs: jax.Array  # [B, T, K]: theirs; what the K leave out is the mass outside
     entropy: jax.Array  # [B, T]
+    hidden: jax.Array | None = None  # [B, T, D] bfloat16: what `opd_jax.model.forward.logits` reads
 
 
 def top_k_logprobs(
@@ -92,16 +94,23 @@ def top_k_logprobs(
     *,
     temperature: float = 1.0,
     usable: int | None = None,
+    hidden: bool = False,
 ) -> TopK:
     """The ``k`` most likely ids at every position, beside the target, in one forward pass.
 
     Ids from ``usable`` on, the padding of a vocabulary, are never among them; their probability is part
-    of what the distribution sums over all the same.
+    of what the distribution sums over all the same. ``hidden`` adds the last hidden states that were read.
     """
     allowed = min(config.vocab_size, config.vocab_size if usable is None else usable)
     if not 0 < k <= allowed:
         raise InputError(
             f"the likeliest ids must be 1 to as many as may be chosen: asked for {k} of {allowed}; lower k"
         )
-    told, ids = _read(params, rows, rows.targets[..., None], config, temperature, k, usable)
-    return TopK(told.logprobs[..., 0], ids[..., 1:], told.logprobs[..., 1:], told.entropy)
+    told, ids, stream = _read(params, rows, rows.targets[..., None], config, temperature, k, usable)
+    return TopK(
+        told.logprobs[..., 0],
+        ids[..., 1:],
+        told.logprobs[..., 1:],
+        told.entropy,
+        stream.astype(jnp.bfloat16) if hidden else None,
+    )

@@ -3,6 +3,7 @@
 from opd_jax.rollout.engine import Engine, Generated, Request
 from opd_jax.rollout.jax_engine import make_sampler, sample
 from opd_jax.rollout.rows import make_rows
+from opd_jax.rollout.storage import break_lock
 from opd_jax.rollout.store import Rollout, RolloutStore, Score
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Rollout",
     "RolloutStore",
     "Score",
+    "break_lock",
     "make_rows",
     "make_sampler",
     "sample",

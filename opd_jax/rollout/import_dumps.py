@@ -93,6 +93,7 @@ def import_dump(
         # The store that is asked first is sealed last: where it has a round, the other has it too.
         for name in reversed(names):
             if step not in stores[name].rounds:
+                stores[name].discard(step)  # what an import that was killed had written of it
                 stores[name].append(rollouts[name])
                 stores[name].seal(step, source=str(dump))
     return Imported(count, written, skipped, repeats, names)

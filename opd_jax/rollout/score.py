@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.forward import logits
 from opd_jax.model.sharding import everywhere
 from opd_jax.model.vocab import TopK, readout, token_logprobs, top_k_logprobs
 from opd_jax.rollout.rows import gather, make_rows, spread
@@ -38,11 +39,17 @@ def make_scorer(config: Qwen3Config, *, temperature: float) -> Scorer:
 
 
 @functools.cache
-def make_topk_scorer(config: Qwen3Config, *, k: int, temperature: float, usable: int) -> TopKScorer:
-    """Compiled ``(params, rows) -> TopK``: sampled log-prob, likeliest ids, their log-probs, entropy."""
+def make_topk_scorer(
+    config: Qwen3Config, *, k: int, temperature: float, usable: int, hidden: bool = False
+) -> TopKScorer:
+    """Compiled ``(params, rows) -> TopK``: sampled log-prob, likeliest ids, their log-probs, entropy.
+
+    With ``hidden``, the model's last hidden states, too.
+    """
 
     def score(params: Params, rows: Rows) -> TopK:
-        return everywhere(top_k_logprobs(params, rows, k, config, temperature=temperature, usable=usable))
+        told = top_k_logprobs(params, rows, k, config, temperature=temperature, usable=usable, hidden=hidden)
+        return everywhere(told)
 
     return jax.jit(score)
 
@@ -80,27 +87,29 @@ def rows_of(rollouts: Sequence[Rollout], width: int) -> Rows:
     )
 
 
-def attach(rollouts: Sequence[Rollout], rows: Rows, old: Any, teacher: TopK, **extra: Any) -> list[Rollout]:
+def columns_of(teacher: TopK) -> dict[str, Any]:
+    """What a teacher says, by the names of `Score`."""
+    columns = {
+        "teacher_logprobs": teacher.sampled,
+        "teacher_entropy": teacher.entropy,
+        "teacher_topk_ids": teacher.ids,
+        "teacher_topk_logprobs": teacher.logprobs,
+    }
+    return columns if teacher.hidden is None else columns | {"teacher_hidden": teacher.hidden}
+
+
+def attach(rollouts: Sequence[Rollout], rows: Rows, columns: Mapping[str, Any]) -> list[Rollout]:
     """Rollouts with the scores of their rows.
 
     Args:
       rollouts: B of them.
       rows: their rows, ``[B, T]``.
-      old: ``[B, T]``.
-      teacher: what the teacher says of them.
-      extra: further columns of `Score` by name, ``[B, T]`` or ``[B, T, K]``.
+      columns: of `Score` by name, ``[B, T]`` or ``[B, T, K]``; what the K leave out is added.
     """
     # What the K leave out; -expm1(log mass) keeps the digits of a small remainder.
-    outside = np.maximum(-np.expm1(jax.nn.logsumexp(jnp.asarray(teacher.logprobs), axis=-1)), 0.0)
-    columns = {
-        "old_logprobs": old,
-        "teacher_logprobs": teacher.sampled,
-        "teacher_entropy": teacher.entropy,
-        "teacher_topk_ids": teacher.ids,
-        "teacher_topk_logprobs": teacher.logprobs,
-        "teacher_outside_mass": outside,
-        **extra,
-    }
+    logprobs = jnp.asarray(columns["teacher_topk_logprobs"])
+    outside = np.maximum(-np.expm1(jax.nn.logsumexp(logprobs, axis=-1)), 0.0)
+    columns = {**columns, "teacher_outside_mass": outside}
     by_row = {name: gather(values, rows.mask) for name, values in columns.items()}
     return [
         dataclasses.replace(rollout, score=Score(**{name: values[row] for name, values in by_row.items()}))
@@ -163,9 +172,30 @@ def batch_of(
     )
 
 
-def mismatch(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """How far the sampler's log-probs lie from the trainer's: mean and largest |difference|, nats."""
-    return _distance([r.behaviour_logprobs - r.score.old_logprobs for r in rollouts if r.score])
+def full_logprobs(hidden: Any, params: Params, config: Qwen3Config, *, temperature: float) -> Array:
+    """A teacher's whole distribution from its stored hidden states, without a pass through its layers.
+
+    Args:
+      hidden: ``[..., D]``, as `Score.teacher_hidden` has them.
+      params: of the teacher; its final norm and vocabulary matrix are read.
+      config: of the teacher.
+      temperature: logits are divided by it.
+
+    Returns:
+      ``[..., V]`` float32 nats: of a long response some positions at a time, or they fill the memory.
+      Hidden states are bfloat16, so that a logit is off by some 2^-9 of the sizes it is summed from.
+    """
+    wide = jnp.asarray(hidden).astype(config.compute_dtype)
+    return jax.nn.log_softmax(logits(wide, params, config) / temperature, axis=-1)
+
+
+def mismatch(rollouts: Sequence[Rollout], alike: Sequence[np.ndarray] | None = None) -> dict[str, float]:
+    """How far the sampler's log-probs lie from the trainer's: mean and largest |difference|, nats.
+
+    ``alike`` are the trainer's at the sampler's temperature, ``[R]`` each, where `old` is of another.
+    """
+    trainers = [r.score.old_logprobs for r in rollouts if r.score] if alike is None else alike
+    return _distance([r.behaviour_logprobs - old for r, old in zip(rollouts, trainers, strict=True)])
 
 
 def null_drift(rollouts: Sequence[Rollout]) -> dict[str, float] | None:

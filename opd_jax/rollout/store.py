@@ -1,132 +1,113 @@
 """Stored rollouts: parquet shards that any tool opens, and a manifest that vouches for them.
 
-A store is a folder. Rows are appended, then sealed into a shard; a shard exists for readers only once
-the manifest, written last, names it with its SHA-256. Shards never change. The manifest also says
-what the whole store belongs to (student, tokenizer, sampling, ...), and a reader that expects
-something else is refused.
+A store is a folder, or a prefix of an object store:
+
+    .manifest.json           what the store belongs to; of each sealed round its shards with their SHA-256
+    round-00000/part-*       the shards of a sealed round, in order
+    .round-00000/part-*      parts of a round that is not sealed yet; other tools pass them by
+
+`append` writes a part that is on disk when it returns and bears its digest in its name, so that a process
+may be killed at any moment: whoever opens the store again finds the whole parts (`pending`) and goes on.
+`seal` makes a round visible: its parts are moved into place together, and the manifest, written last, names
+them. Shards never change. Every file says of itself which store, round and part it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from opd_jax.errors import InputError
-from opd_jax.files import replacing, sha256, write_text
+from opd_jax.rollout.schema import (
+    SCHEMA_VERSION,
+    Rollout,
+    Score,
+    check_rollout,
+    decode,
+    encode,
+    said_by,
+)
+from opd_jax.rollout.storage import digest_of, is_whole, open_place, part_name
 
-SCHEMA_VERSION = 2
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "Rollout", "RolloutStore", "Score"]
+
 # A dot file, so that tools which read the whole folder as parquet pass it by.
 MANIFEST = ".manifest.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What scoring attaches to a rollout of R tokens; nats, at the sampling temperature.
-
-    Columns that only some losses and weights ask for are None where they were not scored.
-    """
-
-    old_logprobs: np.ndarray  # [R] by the trainer's own computation
-    teacher_logprobs: np.ndarray  # [R] of the sampled tokens
-    teacher_entropy: np.ndarray  # [R] of the teacher's whole distribution
-    teacher_topk_ids: np.ndarray  # [R, K] best first
-    teacher_topk_logprobs: np.ndarray  # [R, K] raw, not renormalised
-    teacher_outside_mass: np.ndarray  # [R] probability the K leave out
-    again_logprobs: np.ndarray | None = None  # [R] `old`, read a second time by another batching
-    reference_logprobs: np.ndarray | None = None  # [R] under the student before training
-    student_topk_ids: np.ndarray | None = None  # [R, K] of the behaviour policy, best first
-    student_topk_logprobs: np.ndarray | None = None  # [R, K] under it
-    student_topk_teacher_logprobs: np.ndarray | None = None  # [R, K] under the teacher
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """One response to one prompt, with the log-probs it was sampled at."""
-
-    round: int
-    problem: str  # id of the problem; rollouts of one problem in one round are a group
-    sample: int  # which rollout of that problem, over the whole run
-    prompt_ids: np.ndarray  # [P] int32
-    response_ids: np.ndarray  # [R] int32, the end-of-text token included
-    behaviour_logprobs: np.ndarray  # [R] float32, raw, by the engine that sampled
-    truncated: bool
-    reward: float
-    score: Score | None = None
-
-
-_TOKENS, _NATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_ROLLOUT = {
-    "round": pa.int32(),
-    "problem": pa.string(),
-    "sample": pa.int32(),
-    "prompt_ids": _TOKENS,
-    "response_ids": _TOKENS,
-    "behaviour_logprobs": _NATS,
-    "truncated": pa.bool_(),
-    "reward": pa.float32(),
-}
-_SCORE = {
-    "old_logprobs": _NATS,
-    "teacher_logprobs": _NATS,
-    "teacher_entropy": _NATS,
-    "teacher_topk_ids": pa.list_(_TOKENS),
-    "teacher_topk_logprobs": pa.list_(_NATS),
-    "teacher_outside_mass": _NATS,
-    "again_logprobs": _NATS,
-    "reference_logprobs": _NATS,
-    "student_topk_ids": pa.list_(_TOKENS),
-    "student_topk_logprobs": pa.list_(_NATS),
-    "student_topk_teacher_logprobs": pa.list_(_NATS),
-}
+SHORTEST = 12  # characters of a digest that name it
 
 
 class RolloutStore:
-    """An append-only folder of rollouts.
+    """An append-only store of rollouts.
+
+    It is locked by the first `append` until `seal` or `close`; as a context manager, for as long as that.
+    Reading takes no lock.
 
     Args:
-      path: the folder; created by the first `seal`.
+      path: a folder, or the URL of an object store (``gs://``, ``s3://``, ``memory://``).
       about: what the store belongs to, as JSON values. A store that says otherwise is refused.
+      accept: what the store may say otherwise, each by name and value: ``"temperature=0.7"``. Of a digest
+        the first 12 characters will do.
+
+    Raises:
+      InputError: the store was written for something else, or its manifest is damaged.
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
-        self.about = dict(about or {})
-        self._open: list[Rollout] = []
+    def __init__(
+        self, path: str | Path, about: Mapping[str, Any] | None = None, accept: Sequence[str] = ()
+    ) -> None:
+        self.place = open_place(path)
+        self.path = self.place.path
+        self.about = json.loads(json.dumps(dict(about or {})))
+        self._locked = self._entered = False
+        self._numbers: dict[int, set[int]] = {}  # of the parts of rounds that are not sealed
         written_for = self._manifest()["about"]
         for name, expected in self.about.items():
-            if written_for.get(name) != expected:
+            found = written_for.get(name)
+            if found != expected and not _is_named(accept, name, found):
                 raise InputError(
-                    f"a store belongs to one {name}: {self.path} was written for "
-                    f"{written_for.get(name)!r}, this run has {expected!r}; use the run folder it was made "
-                    "for, or a new one"
+                    f"a store belongs to one {name}: {self.path} was written for {found!r}, this run has "
+                    f"{expected!r}; use the run folder it was made for, or accept this one by name with "
+                    f"--store.accept='[{name}={_short(found)}]'"
                 )
 
+    # What is sealed
+
     def _manifest(self) -> dict[str, Any]:
-        file = self.path / MANIFEST
-        if not file.exists():
-            return {"schema": SCHEMA_VERSION, "about": self.about, "shards": []}
+        return self._read_manifest()[0]
+
+    def _read_manifest(self) -> tuple[dict[str, Any], Any]:
+        """The manifest, and its version in the place; None where there is none yet."""
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            version = manifest["schema"]
-            if version == SCHEMA_VERSION:
-                _ = manifest["about"].keys(), [shard["round"] for shard in manifest["shards"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            data, version = self.place.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            return {"schema": SCHEMA_VERSION, "about": self.about, "rounds": []}, None
+        file = f"{self.path}/{MANIFEST}"
+        try:
+            manifest = json.loads(data)
+            schema, digest = manifest["schema"], manifest.pop("sha256", None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"a store's manifest must be whole JSON: {file} is not ({error}); restore it"
             ) from None
-        if version != SCHEMA_VERSION:
+        if schema != SCHEMA_VERSION:
             raise InputError(
-                f"a store must have schema {SCHEMA_VERSION}: {file} has {version}; "
+                f"a store must have schema {SCHEMA_VERSION}: {file} has {schema}; "
                 "read it with the version that wrote it"
             )
-        return manifest
+        if digest != _manifest_digest(manifest):
+            raise InputError(
+                f"a store's manifest must be as it was written: {file} is not, by its own SHA-256; restore it"
+            )
+        return manifest, version
+
+    def _write_manifest(self, manifest: dict[str, Any], version: Any) -> None:
+        text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1)
+        self.place.update(MANIFEST, f"{text}\n".encode(), version)
 
     @property
     def about_store(self) -> dict[str, Any]:
@@ -136,151 +117,306 @@ class RolloutStore:
     @property
     def rounds(self) -> list[int]:
         """The rounds sealed so far, in order."""
-        return [shard["round"] for shard in self._manifest()["shards"]]
-
-    def append(self, rollouts: Sequence[Rollout]) -> None:
-        """Add rollouts to the open shard, in memory until it is sealed.
-
-        Raises:
-          InputError: a response is empty, or a per-token column is not as long as its response.
-        """
-        for rollout in rollouts:
-            _check(rollout, f"a rollout of problem {rollout.problem!r}")
-        self._open.extend(rollouts)
-
-    def seal(self, round_: int, **about: Any) -> Path:
-        """Write the open shard as the rollouts of a round and make it visible.
-
-        Args:
-          round_: which round; each is sealed once.
-          about: recorded with the shard, as JSON values.
-
-        Raises:
-          InputError: the round is there already, or there is nothing to seal.
-        """
-        manifest = self._manifest()
-        if round_ in [shard["round"] for shard in manifest["shards"]]:
-            raise InputError(
-                f"a round is written once: {self.path} has round {round_} already; read it instead"
-            )
-        if not self._open:
-            raise InputError(f"a shard must have rows: round {round_} has none; append rollouts first")
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / f"round-{round_:05d}.parquet"
-        with replacing(file) as temporary:
-            pq.write_table(_to_table(self._open), temporary)
-        manifest["shards"].append(
-            {
-                "file": file.name,
-                "round": round_,
-                "rows": len(self._open),
-                "tokens": sum(len(rollout.response_ids) for rollout in self._open),
-                "sha256": sha256(file),
-                **about,
-            }
-        )
-        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        self._open = []
-        return file
+        return [entry["round"] for entry in self._manifest()["rounds"]]
 
     def shard(self, round_: int) -> dict[str, Any]:
-        """What the manifest says of a round.
+        """What the manifest says of a sealed round: ``rows``, ``tokens``, ``shards``, what `seal` was told.
 
         Raises:
           InputError: the round is not in the store.
         """
-        for shard in self._manifest()["shards"]:
-            if shard["round"] == round_:
-                return shard
+        for entry in self._manifest()["rounds"]:
+            if entry["round"] == round_:
+                return entry
         raise InputError(
             f"a round must be in the store to be read: {self.path} has rounds {self.rounds}, "
             f"not {round_}; sample and score it first"
         )
 
-    def verify(self) -> None:
-        """Compare every shard with its SHA-256.
+    def read(self, round_: int) -> list[Rollout]:
+        """The rollouts of a sealed round in the order they were appended, verified first.
 
         Raises:
-          InputError: a shard is missing or changed; the message names the file.
+          InputError: the round is not there, or a shard is missing, changed, or no parquet file of rollouts.
         """
-        for shard in self._manifest()["shards"]:
-            self._verify(shard)
+        shards = self.shard(round_)["shards"]
+        return [
+            rollout for shard in shards for rollout in self._decoded(shard["file"], self._verified(shard))
+        ]
 
-    def _verify(self, shard: Mapping[str, Any]) -> Path:
-        file = self.path / shard["file"]
-        if not file.is_file():
-            raise InputError(f"every shard must be there: {file} is missing; restore it from a copy")
-        if sha256(file) != shard["sha256"]:
-            raise InputError(
-                f"a shard must be as it was written: {file} has another SHA-256 than the manifest; "
-                "restore it from a copy"
-            )
-        return file
+    def verify(self) -> None:
+        """Compare every shard with its SHA-256, and look for shards that are not of this store.
 
-    def read(self, round_: int) -> list[Rollout]:
-        """The rollouts of a round in the order they were appended, verified first."""
-        file = self._verify(self.shard(round_))
+        Raises:
+          InputError: a shard is missing, changed, or not in the manifest; the message names the file.
+        """
+        for entry in self._manifest()["rounds"]:
+            for shard in entry["shards"]:
+                self._verified(shard)
+            known = {shard["file"] for shard in entry["shards"]}
+            for name in self.place.names(_folder(entry["round"])):
+                if name not in known:
+                    raise InputError(
+                        f"a sealed round holds its own shards alone: {self.path}/{name} is not in the "
+                        "manifest; take it away"
+                    )
+
+    def _verified(self, shard: Mapping[str, Any]) -> bytes:
+        file = f"{self.path}/{shard['file']}"
         try:
-            rows = pq.read_table(file).to_pylist()
-            rollouts = [_from_row(row, scored="old_logprobs" in row) for row in rows]
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+            data, _ = self.place.read(shard["file"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"every shard must be there: {file} is missing; restore it from a copy"
+            ) from None
+        if digest_of(data) != shard["sha256"]:
+            what, told = "has another SHA-256 than the manifest", said_by(data)
+            if told and (told["about"], _folder(told["round"])) != (
+                self.about_store,
+                str(Path(shard["file"]).parent),
+            ):
+                what = "is a shard of another store or round"
+            elif len(data) < shard["bytes"]:
+                what = f"is cut off, at {len(data)} of {shard['bytes']} bytes"
+            raise InputError(f"a shard must be as it was written: {file} {what}; restore it from a copy")
+        return data
+
+    def _decoded(self, name: str, data: bytes) -> list[Rollout]:
+        file = f"{self.path}/{name}"
+        try:
+            rollouts = decode(data)
+        except ValueError as error:
             raise InputError(
                 f"a shard must be a parquet file of rollouts: {file} is not ({error}); restore it"
             ) from None
         for index, rollout in enumerate(rollouts):
-            _check(rollout, f"row {index} of {file}")
+            check_rollout(rollout, f"row {index} of {file}")
         return rollouts
 
+    # What is not sealed yet
 
-def _check(rollout: Rollout, where: str) -> None:
-    length = len(rollout.response_ids)
-    if not length or not len(rollout.prompt_ids):
-        raise InputError(
-            f"a prompt and a response must have at least one token: {where} has "
-            f"{len(rollout.prompt_ids)} and {length}; drop that row"
+    def append(self, rollouts: Sequence[Rollout], **made_by: Any) -> None:
+        """Add a part of a round; it is on disk when this returns.
+
+        Args:
+          rollouts: of one round or of several, each of which gets a part.
+          made_by: what drew or scored them, as JSON values: the parts of a round must agree on it.
+
+        Raises:
+          InputError: a response is empty, a per-token column is not as long as its response or not finite,
+            the round is sealed already, another process writes, or the place has no room.
+        """
+        for rollout in rollouts:
+            check_rollout(rollout, f"a rollout of problem {rollout.problem!r}")
+        if not rollouts:
+            return
+        with self._writing():
+            self._append(rollouts, made_by)
+
+    def _append(self, rollouts: Sequence[Rollout], made_by: Mapping[str, Any]) -> None:
+        manifest, version = self._read_manifest()
+        if version is None:  # from here on the store says whose it is
+            self._write_manifest(manifest, None)
+        for name, expected in self.about.items():
+            if manifest["about"].get(name) != expected:
+                raise InputError(
+                    f"rollouts of one {name} are not added to those of another: {self.path} was written for "
+                    f"{manifest['about'].get(name)!r}; name a new folder"
+                )
+        for round_ in dict.fromkeys(rollout.round for rollout in rollouts):
+            _refuse_sealed(manifest, round_, self.path)
+            chosen = [rollout for rollout in rollouts if rollout.round == round_]
+            if round_ not in self._numbers:  # nobody else adds to them while the store is locked
+                self._numbers[round_] = {_number(name) for name, _ in self._parts(round_, made_by)}
+            taken = self._numbers[round_]
+            # A part that was lost is made again in its place.
+            number = min(set(range(len(taken) + 1)) - taken)
+            says = {
+                "schema": SCHEMA_VERSION,
+                "about": manifest["about"],
+                "round": round_,
+                "part": number,
+                "made_by": made_by,
+                "rows": len(chosen),
+                "tokens": sum(len(rollout.response_ids) for rollout in chosen),
+            }
+            data = encode(chosen, says)
+            name = part_name(f"part-{number:05d}", data, ".parquet")
+            # One that is there already is this very part, put by a request whose answer was lost.
+            with contextlib.suppress(FileExistsError):
+                self.place.create(f"{self.place.staged(_folder(round_))}/{name}", data)
+            taken.add(number)
+
+    def pending(self, round_: int, **made_by: Any) -> list[Rollout]:
+        """The rollouts of a round that is not sealed yet, verified, in the order of their parts.
+
+        A part that is not whole counts for nothing, and makes room for another.
+
+        Args:
+          round_: which round.
+          made_by: what `append` was told, if it matters.
+
+        Raises:
+          InputError: a part was made by something else, or for another store; the message names it.
+        """
+        _refuse_sealed(self._manifest(), round_, self.path)
+        parts = self._parts(round_, made_by or None)
+        return [rollout for name, data in parts for rollout in self._decoded(name, data)]
+
+    def discard(self, round_: int) -> None:
+        """Take away the parts of a round that is not sealed, which can be had again."""
+        with self._writing():
+            _refuse_sealed(self._manifest(), round_, self.path)
+            self._numbers.pop(round_, None)
+            for name in self._part_names(round_):
+                self.place.remove(name)
+
+    def seal(self, round_: int, **about: Any) -> None:
+        """Make what was appended to a round visible, and the round complete.
+
+        Args:
+          round_: which round; each is sealed once.
+          about: recorded with the round, as JSON values.
+
+        Raises:
+          InputError: the round is there already, there is nothing to seal, or another process writes.
+        """
+        with self._writing(last=True):
+            manifest, version = self._read_manifest()
+            _refuse_sealed(manifest, round_, self.path)
+            shards = []
+            for index, (name, data) in enumerate(self._parts(round_)):
+                if _number(name) != index:
+                    raise InputError(
+                        f"a round is sealed whole: part {index} of round {round_} in {self.path} is lost; "
+                        "append it again"
+                    )
+                told = said_by(data)
+                shards.append(
+                    {
+                        "file": f"{_folder(round_)}/{name.rpartition('/')[2]}",
+                        "rows": told["rows"],
+                        "tokens": told["tokens"],
+                        "bytes": len(data),
+                        "sha256": digest_of(data),
+                    }
+                )
+            if not shards:
+                raise InputError(f"a round must have rows: round {round_} has none; append rollouts first")
+            self.place.publish(_folder(round_))
+            counts = {name: sum(shard[name] for shard in shards) for name in ("rows", "tokens")}
+            manifest["rounds"].append({"round": round_, **counts, "shards": shards, **about})
+            manifest["rounds"].sort(key=lambda entry: entry["round"])
+            self._write_manifest(manifest, version)
+
+    def _part_names(self, round_: int) -> list[str]:
+        final = _folder(round_)
+        folders = dict.fromkeys((self.place.staged(final), final))
+        return sorted(
+            (name for folder in folders for name in self.place.names(folder)),
+            key=lambda name: name.rpartition("/")[2],
         )
-    columns = {"behaviour_logprobs": rollout.behaviour_logprobs}
-    if rollout.score:
-        columns.update({name: column for name, column in vars(rollout.score).items() if column is not None})
-    for name, column in columns.items():
-        if len(column) != length:
+
+    def _parts(self, round_: int, made_by: Mapping[str, Any] | None = None) -> Iterator[tuple[str, bytes]]:
+        """The whole parts of a round that is not sealed, by number; who holds the lock drops the others."""
+        about, wanted = self.about_store, json.loads(json.dumps(made_by))
+        for name in self._part_names(round_):
+            file = f"{self.path}/{name}"
+            if _number(name) < 0:
+                raise InputError(
+                    f"a round that is not sealed holds its parts alone: {file} is none; take it away"
+                )
+            data, _ = self.place.read(name)
+            if not is_whole(name, data):
+                if self._locked:
+                    self.place.remove(name)
+                continue
+            told = said_by(data)
+            if (told.get("about"), told.get("round"), told.get("part")) != (about, round_, _number(name)):
+                raise InputError(
+                    f"a store holds its own parts alone: {file} is of another store or round; take it away"
+                )
+            if wanted is not None and told.get("made_by") != wanted:
+                raise InputError(
+                    f"the parts of a round are made by one and the same: {file} was made by "
+                    f"{told.get('made_by')}, this run has {wanted}; remove it to make it again"
+                )
+            yield name, data
+
+    # Who may write
+
+    @contextlib.contextmanager
+    def _writing(self, last: bool = False) -> Iterator[None]:
+        """Hold the lock; it stays held afterwards, but after what fails and what is the last."""
+        self._lock()
+        try:
+            yield
+        except BaseException:
+            last = True
+            raise
+        finally:
+            if last and not self._entered:
+                self.close()
+
+    def _lock(self) -> None:
+        if not self._locked:
+            self.place.lock()
+            self._locked = True
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._locked:
+            self.place.unlock()
+            self._locked = False
+            self._numbers.clear()
+
+    def __enter__(self) -> RolloutStore:
+        self._lock()
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered = False
+        self.close()
+
+
+def _folder(round_: int) -> str:
+    return f"round-{round_:05d}"
+
+
+def _number(name: str) -> int:
+    """Which part of its round a file is; -1 for a name that is none of ours."""
+    found = re.fullmatch(r"part-(\d{5,})-[0-9a-f]{16}\.parquet", name.rpartition("/")[2])
+    return int(found[1]) if found else -1
+
+
+def _refuse_sealed(manifest: Mapping[str, Any], round_: int, path: object) -> None:
+    if round_ in [entry["round"] for entry in manifest["rounds"]]:
+        raise InputError(f"a round is written once: {path} has round {round_} already; read it instead")
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return digest_of(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _short(value: Any) -> str:
+    """A value as it is named in a setting."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return text[:SHORTEST] if is_digest else text
+
+
+def _is_named(accept: Sequence[str], name: str, value: Any) -> bool:
+    for entry in accept:
+        key, equals, text = entry.partition("=")
+        if not equals:
             raise InputError(
-                f"a per-token column must be as long as its response: {where} has {length} tokens "
-                f"and {len(column)} {name}; drop that row"
+                f"what a store may differ in is named with its value: store.accept has {entry!r}; write "
+                f"{entry}=VALUE, as the refusal says it"
             )
-        if not np.all(np.isfinite(column)):
-            raise InputError(
-                f"stored numbers must be finite: {where} has NaN or infinity in {name}; score it again"
-            )
-
-
-def _to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    score = rollouts[0].score
-    columns: dict[str, Any] = {}
-    for name, kind in _ROLLOUT.items():
-        columns[name] = pa.array([_plain(getattr(r, name)) for r in rollouts], kind)
-    for name, kind in _SCORE.items():
-        if score is not None and getattr(score, name) is not None:
-            columns[name] = pa.array([_plain(getattr(r.score, name)) for r in rollouts], kind)
-    return pa.table(columns)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _from_row(row: Mapping[str, Any], scored: bool) -> Rollout:
-    def array(name: str) -> np.ndarray:
-        return np.asarray(row[name], np.int32 if name.endswith("_ids") else np.float32)
-
-    return Rollout(
-        round=row["round"],
-        problem=row["problem"],
-        sample=row["sample"],
-        prompt_ids=array("prompt_ids"),
-        response_ids=array("response_ids"),
-        behaviour_logprobs=array("behaviour_logprobs"),
-        truncated=row["truncated"],
-        reward=row["reward"],
-        score=Score(**{name: array(name) for name in _SCORE if name in row}) if scored else None,
-    )
+        whole = value if isinstance(value, str) else json.dumps(value)
+        if key == name and (text == whole or (len(text) >= SHORTEST and whole.startswith(text))):
+            return True
+    return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -17,10 +19,12 @@ from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
 from opd_jax.rollout.engine import Request
 from opd_jax.rollout.jax_engine import make_sampler, sample
+from opd_jax.rollout.rows import gather, spread
 from opd_jax.rollout.score import (
     Scorer,
     attach,
     check_rollouts,
+    columns_of,
     make_ids_scorer,
     make_scorer,
     make_topk_scorer,
@@ -28,12 +32,16 @@ from opd_jax.rollout.score import (
     null_drift,
     rows_of,
 )
-from opd_jax.rollout.store import Rollout
+from opd_jax.rollout.scratch import Scratch, clear_work
+from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups, wanted_extras
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
+
+Found = TypeVar("Found")
+SHARD_ROWS = 256  # of a scored round in one file
 
 
 def draws_of_round(config: Config, problems: Sequence[Problem], round_: int) -> list[tuple[Problem, int]]:
@@ -68,107 +76,194 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 
 
 def sample_round(run: Run, stop: Stop) -> None:
-    """Draw the next round's rollouts with the present student, grade and store them."""
+    """Draw the next round's rollouts with the present student, grade and store them.
+
+    Whenever ``sampling.slots`` of them are drawn they are stored; what a process that was killed had stored
+    is not drawn again.
+    """
     round_, config = len(run.rollouts.rounds), run.config
     run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
+    # A sum over all devices, so all processes take part.
+    made_by = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
+    with _writing(run.rollouts):
+        stored = _found(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
+        done = {(rollout.problem, rollout.sample) for rollout in stored}
+        left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
+        drawn = _drawn(run, round_, left)
+        while True:
+            if stop():
+                raise Interrupted
+            finished = list(itertools.islice(drawn, config.sampling.slots))
+            if not finished:
+                break
+            if is_first():
+                run.rollouts.append(finished, **made_by)
+        if is_first():
+            rollouts = run.rollouts.pending(round_, **made_by)
+            run.rollouts.seal(
+                round_,
+                **made_by,
+                reward=float(np.mean([rollout.reward for rollout in rollouts])),
+                truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
+            )
+    wait_for_all(f"sampled {round_}")
+
+
+def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Iterator[Rollout]:
+    """Graded rollouts of the present student, in the order of the draws."""
+    sampling = run.config.sampling
     asked = {problem.id: problem.prompt for problem, _ in draws}
-    prompts = {name: prompt_ids(run.tokenizer, text, config.problems) for name, text in asked.items()}
+    prompts = {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
     generated = sample(
         make_sampler(
             run.model,
-            slots=config.sampling.slots,
-            max_prompt=config.sampling.max_prompt,
-            max_response=config.sampling.max_response,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
+            slots=sampling.slots,
+            max_prompt=sampling.max_prompt,
+            max_response=sampling.max_response,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             usable=run.usable,
         ),
         run.policy,
         [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
-        stream(config.seed, "sample"),
-        slots=config.sampling.slots,
-        max_prompt=config.sampling.max_prompt,
+        stream(run.config.seed, "sample"),
+        slots=sampling.slots,
+        max_prompt=sampling.max_prompt,
     )
-    rollouts = []
     for (problem, number), drawn in zip(draws, generated, strict=True):
-        if stop():
-            raise Interrupted
         text = decode_response(run.tokenizer, drawn.ids)
-        rollouts.append(
-            Rollout(
-                round=round_,
-                problem=problem.id,
-                sample=number,
-                prompt_ids=prompts[problem.id],
-                response_ids=drawn.ids,
-                behaviour_logprobs=drawn.logprobs,
-                truncated=drawn.truncated,
-                reward=float(grade(text, problem.answer)),
-            )
+        yield Rollout(
+            round=round_,
+            problem=problem.id,
+            sample=number,
+            prompt_ids=prompts[problem.id],
+            response_ids=drawn.ids,
+            behaviour_logprobs=drawn.logprobs,
+            truncated=drawn.truncated,
+            reward=float(grade(text, problem.answer)),
         )
-    policy = params_digest(run.state.params)  # a sum over all devices, so all processes take part
-    if is_first():
-        run.rollouts.append(rollouts)
-        run.rollouts.seal(
-            round_,
-            update=int(run.state.update),
-            policy=policy,
-            reward=float(np.mean([rollout.reward for rollout in rollouts])),
-            truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
-        )
-    wait_for_all(f"sampled {round_}")
+
+
+def _writing(store: RolloutStore) -> contextlib.AbstractContextManager[Any]:
+    """The store's lock, for the process that writes."""
+    return store if is_first() else contextlib.nullcontext()
+
+
+def _found(read: Callable[[], Found], what: str) -> Found:
+    """What lies on the disk, for all processes alike: the first reads before the others, and none writes."""
+    found = read() if is_first() else None
+    wait_for_all(f"found {what}")
+    found = read() if found is None else found
+    wait_for_all(f"all found {what}")
+    return found
 
 
 def score_round(run: Run, stop: Stop) -> None:
     """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts.
 
-    One model reads all rows before the next one does, so that they need not be in memory together.
+    One model reads all rows before the next one does, so that they need not be in memory together. What a
+    model says of a micro-batch is kept as soon as it is said, and not asked again after a kill; the scored
+    rollouts are written, in the order they were drawn, once all is known.
     """
     round_, config = len(run.scored.rounds), run.config
-    if run.rollouts.shard(round_)["policy"] != params_digest(run.state.params):
+    told = run.rollouts.shard(round_)
+    if told["policy"] != params_digest(run.state.params):
         raise InputError(
             f"old log-probs are read by the policy that sampled: the student in {run.folder} is not "
             f"the one that drew round {round_}; restore its checkpoint, or start a new run folder"
         )
-    rollouts = run.rollouts.read(round_)
-    if len(rollouts) != config.sampling.prompts * config.sampling.samples:
-        raise InputError(
-            f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
-            f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
-        )
+    rollouts = _as_drawn(run, round_)
     vocabularies = {"student": run.model.vocab_size, "teacher": run.teacher_model.vocab_size}
     check_rollouts(rollouts, vocabularies)
     extras = set(wanted_extras(config))
     if config.log.diagnose_every:
         extras.add("again")  # for the null reading, which is left out where a round lacks it
+    if config.store.teacher_hidden:
+        extras.add("teacher_hidden")
     parts = parts_of_round(config, round_)
     rows = [rows_of([rollouts[index] for index in chosen], run.width) for chosen in parts]
+    made_of = {
+        "about": run.scored.about,
+        "rollouts": [shard["sha256"] for shard in told["shards"]],
+        "parts": [chosen.tolist() for chosen in parts],
+        "extras": sorted(extras),
+        "student_k": config.loss.student_k,
+    }
     columns: list[dict[str, Any]] = [{} for _ in parts]
-    for read in (_by_policy, _by_reference, _by_teacher):
-        for part, told in zip(rows, columns, strict=True):
-            if stop():
-                raise Interrupted
-            told |= read(run, part, extras, told)
-    scored: dict[int, Rollout] = {}
-    for chosen, part, told in zip(parts, rows, columns, strict=True):
-        rounded = attach([rollouts[index] for index in chosen], part, **told)
-        scored.update(zip(chosen.tolist(), rounded, strict=True))
-    in_order = [scored[index] for index in range(len(rollouts))]
-    if is_first():
-        run.scored.append(in_order)
-        run.scored.seal(
-            round_, extras=sorted(extras), mismatch=mismatch(in_order), null_drift=null_drift(in_order)
-        )
+    with _writing(run.scored):
+        place = run.scored.place
+        if is_first() and round_:
+            clear_work(place, round_ - 1)  # by a process that was killed after it sealed
+        work = Scratch(place, round_, made_of)
+        pieces = _found(work.found, f"scores of {round_}")
+        for stage, read in _STAGES.items():
+            for index, (part, known) in enumerate(zip(rows, columns, strict=True)):
+                if (piece := pieces.pop(f"{stage}-{index:05d}", None)) is None:
+                    if stop():
+                        raise Interrupted
+                    said = read(run, part, extras, known)
+                    piece = {name: values[part.mask] for name, values in said.items()}
+                    if is_first() and piece:
+                        work.keep(f"{stage}-{index:05d}", piece)
+                known |= {name: spread([values], part.mask) for name, values in piece.items()}
+        if is_first():
+            _store_scores(run, round_, rollouts, rows, columns, extras)
+            clear_work(place, round_)
     wait_for_all(f"scored {round_}")
 
 
-def _by_policy(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+def _as_drawn(run: Run, round_: int) -> list[Rollout]:
+    """The rollouts of a round in the order of its draws, in whatever order they were finished."""
+    config, rollouts = run.config, run.rollouts.read(round_)
+    if len(rollouts) != config.sampling.prompts * config.sampling.samples:
+        raise InputError(
+            f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
+            f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
+        )
+    draws = draws_of_round(config, run.problems, round_)
+    place = {(problem.id, number): index for index, (problem, number) in enumerate(draws)}
+    return sorted(rollouts, key=lambda rollout: place.get((rollout.problem, rollout.sample), len(place)))
+
+
+def _store_scores(
+    run: Run,
+    round_: int,
+    rollouts: Sequence[Rollout],
+    rows: Sequence[Rows],
+    columns: Sequence[dict[str, Any]],
+    extras: Collection[str],
+) -> None:
+    """Write the scored rollouts of a round, and seal it."""
+    scored: dict[int, Rollout] = {}
+    alike: dict[int, np.ndarray] = {}
+    for chosen, part, known in zip(parts_of_round(run.config, round_), rows, columns, strict=True):
+        if "alike" in known:
+            alike.update(zip(chosen.tolist(), gather(known.pop("alike"), part.mask), strict=True))
+        rounded = attach([rollouts[index] for index in chosen], part, known)
+        scored.update(zip(chosen.tolist(), rounded, strict=True))
+    in_order = [scored[index] for index in range(len(rollouts))]
+    run.scored.discard(round_)  # of a process that was killed here; all of it is in hand
+    for start in range(0, len(in_order), SHARD_ROWS):
+        run.scored.append(in_order[start : start + SHARD_ROWS])
+    run.scored.seal(
+        round_,
+        extras=sorted(extras),
+        mismatch=mismatch(in_order, [alike[index] for index in sorted(alike)] or None),
+        null_drift=null_drift(in_order),
+    )
+
+
+def _by_policy(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
     """What the policy that sampled says of its own tokens."""
     run.make_room("policy")
     temperature = run.config.sampling.temperature
     score, placed = make_scorer(run.model, temperature=temperature), on_mesh(rows, run.mesh)
-    found: dict[str, Any] = {"old": score(run.policy, placed)}
+    found: dict[str, Any] = {"old_logprobs": score(run.policy, placed)}
+    # A sampler's log-probs may be of another temperature; they are compared with the trainer's at that one.
+    samplers = run.about["behaviour_logprob_temperature"]
+    if samplers != temperature:
+        found["alike"] = make_scorer(run.model, temperature=samplers)(run.policy, placed)
     if "again" in extras:
         found["again_logprobs"] = _again(run, rows, score)
     if "student_topk" in extras:
@@ -180,7 +275,7 @@ def _by_policy(run: Run, rows: Rows, extras: Collection[str], told: dict[str, An
     return jax.device_get(found)
 
 
-def _by_reference(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+def _by_reference(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
     """What the student before training says of them."""
     if "reference" not in extras:
         return {}
@@ -189,19 +284,26 @@ def _by_reference(run: Run, rows: Rows, extras: Collection[str], told: dict[str,
     return {"reference_logprobs": jax.device_get(score(run.base, on_mesh(rows, run.mesh)))}
 
 
-def _by_teacher(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
+def _by_teacher(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
     """The teacher's signal."""
     run.make_room("teacher")
     temperature, placed = run.config.sampling.temperature, on_mesh(rows, run.mesh)
     score = make_topk_scorer(
-        run.teacher_model, k=run.config.loss.top_k, temperature=temperature, usable=_usable(run)
+        run.teacher_model,
+        k=run.config.loss.top_k,
+        temperature=temperature,
+        usable=_usable(run),
+        hidden="teacher_hidden" in extras,
     )
-    found: dict[str, Any] = {"teacher": score(run.teacher, placed)}
+    found = columns_of(score(run.teacher, placed))
     if "student_topk" in extras:
         score_ids = make_ids_scorer(run.teacher_model, temperature=temperature)
-        ids = on_mesh(told["student_topk_ids"], run.mesh)
+        ids = on_mesh(known["student_topk_ids"], run.mesh)
         found["student_topk_teacher_logprobs"] = score_ids(run.teacher, placed, ids)
     return jax.device_get(found)
+
+
+_STAGES = {"policy": _by_policy, "reference": _by_reference, "teacher": _by_teacher}
 
 
 def _usable(run: Run) -> int:

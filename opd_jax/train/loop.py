@@ -6,6 +6,7 @@ between them lies on disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -92,9 +93,16 @@ def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
                 score_round(run, stop)
             else:
                 train_round(run, report, stop)
-    finally:
-        if is_first():
-            append_timing(run.timings_file, part, round_, began)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a disk that is full says so once
+            _append_timing(run, part, round_, began)
+        raise
+    _append_timing(run, part, round_, began)
+
+
+def _append_timing(run: Run, part: str, round_: int, began: float) -> None:
+    if is_first():
+        append_timing(run.timings_file, part, round_, began)
 
 
 def _round_of(run: Run, part: str) -> int:
@@ -179,6 +187,13 @@ def check_extras(run: Run, round_: int) -> None:
     Raises:
       InputError: the store does not hold it; the message names what, and who asks.
     """
+    samplers = run.scored.about_store["behaviour_logprob_temperature"]
+    if run.config.loss.old_source == "sampler" and samplers != run.config.sampling.temperature:
+        raise InputError(
+            f"drift is measured at one temperature: the sampler's log-probs in {run.scored.path} are of "
+            f"temperature {samplers}, the trainer's of {run.config.sampling.temperature}; use "
+            "loss.old_source=trainer"
+        )
     held = run.scored.shard(round_).get("extras", [])
     for extra, who in wanted_extras(run.config).items():
         if extra not in held:

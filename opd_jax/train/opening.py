@@ -20,8 +20,8 @@ from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run
 
 # Settings that may change between two sittings of a run: where it is computed, how it is judged, what is
-# logged, and how long it goes on.
-FREE = ("mesh.", "evaluation.", "log.", "schedule.rounds")
+# logged, how long it goes on, and whose rollouts it takes.
+FREE = ("mesh.", "evaluation.", "log.", "schedule.rounds", "store.accept")
 
 
 def open_run(folder: str | Path, config: Config | None = None) -> Run:

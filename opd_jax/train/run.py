@@ -2,7 +2,7 @@
 
 config.yaml     the resolved settings
 identity.json   digests of the models, the tokenizer and the problems it began with
-rollouts/       what the student sampled, a shard a round
+rollouts/       what the student sampled, a folder of shards a round
 scored/         the same with old log-probs and the teacher's signal
 checkpoints/    training states
 metrics.jsonl   one line an update; timings.jsonl has the wall-clock times
@@ -32,7 +32,7 @@ from opd_jax.model.kernels import KernelChoice
 from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
 from opd_jax.model.parameters import Parameter
 from opd_jax.rollout.store import RolloutStore
-from opd_jax.tasks import Problem, load_tokenizer, newline_table, tokenizer_digest
+from opd_jax.tasks import Problem, load_tokenizer, newline_table, prompting_digest, tokenizer_digest
 from opd_jax.train.checkpoint import Checkpoints
 from opd_jax.train.computing import adapter_of, computed, kernel_of, row_width
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
@@ -158,20 +158,23 @@ class Run:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """What this run's rollouts belong to."""
-        sampling = self.config.sampling
+        """What this run's rollouts belong to: the weights, the text, and how both became tokens."""
+        sampling = dataclasses.asdict(self.config.sampling)
+        for how_many in ("prompts", "samples", "slots"):  # which change no rollout
+            del sampling[how_many]
         return {
-            "student": self.identity["student"],
-            "tokenizer": self.identity["tokenizer"],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **{name: self.identity[name] for name in ("student", "tokenizer", "problems.train")},
+            "template": prompting_digest(self.tokenizer, self.config.problems),
+            **sampling,
             "seed": self.config.seed,
             "engine": "jax",
+            # A server's raw log-probs are those of temperature 1, whatever it sampled at.
+            "behaviour_logprob_temperature": sampling["temperature"],
         }
 
     @functools.cached_property
     def rollouts(self) -> RolloutStore:
-        return RolloutStore(self.folder / "rollouts", self.about)
+        return RolloutStore(self.folder / "rollouts", self.about, self.config.store.accept)
 
     @functools.cached_property
     def scored(self) -> RolloutStore:
@@ -180,7 +183,7 @@ class Run:
             "teacher": self.identity["teacher"],
             "top_k": self.config.loss.top_k,
         }
-        return RolloutStore(self.folder / "scored", about)
+        return RolloutStore(self.folder / "scored", about, self.config.store.accept)
 
     # Training state
 

@@ -1,19 +1,21 @@
-"""The store: what goes in comes out, and what was touched is named."""
+"""The store: what goes in comes out, what was touched is named, and nothing good is thrown away."""
 
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.errors import InputError
 from opd_jax.rollout import Rollout, RolloutStore, Score
+from opd_jax.rollout.storage import digest_of
 
 ABOUT = {"student": "abc", "temperature": 1.0}
 
 
-def rollout(round_=0, length=5, scored=True, seed=0):
+def rollout(round_=0, length=5, scored=True, seed=0, hidden=False):
     rng = np.random.default_rng(seed)
     nats = lambda *shape: -rng.exponential(size=shape).astype(np.float32)  # noqa: E731
     score = Score(
@@ -26,6 +28,7 @@ def rollout(round_=0, length=5, scored=True, seed=0):
         # Of the columns that a store may hold or not, one of each shape.
         again_logprobs=nats(length),
         student_topk_logprobs=nats(length, 2),
+        teacher_hidden=rng.normal(size=(length, 4)).astype(ml_dtypes.bfloat16) if hidden else None,
     )
     return Rollout(
         round=round_,
@@ -40,109 +43,329 @@ def rollout(round_=0, length=5, scored=True, seed=0):
     )
 
 
-def filled(path, scored=True):
-    store = RolloutStore(path, ABOUT)
+def rollouts(round_=0, **options):
+    return [rollout(round_, length=3 + i, seed=i, **options) for i in range(4)]
+
+
+def filled(path, about=ABOUT, **options):
+    """Two rounds of four rollouts in two parts each."""
+    store = RolloutStore(path, about)
     for round_ in (0, 1):
-        store.append([rollout(round_, length=3 + i, scored=scored, seed=i) for i in range(4)])
+        four = rollouts(round_, **options)
+        store.append(four[:2])
+        store.append(four[2:])
         store.seal(round_, note=f"round {round_}")
     return store
 
 
-@pytest.mark.parametrize("scored", [True, False])
-def test_what_goes_in_comes_out_to_the_bit(tmp_path, scored):
-    filled(tmp_path, scored)
+def shards(path, round_):
+    return [path / shard["file"] for shard in RolloutStore(path).shard(round_)["shards"]]
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        for field in dataclasses.fields(Rollout)[:-1]:
+            np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+        assert (a.score is None) == (b.score is None)
+        for field in dataclasses.fields(Score) if b.score else ():
+            x, y = getattr(a.score, field.name), getattr(b.score, field.name)
+            np.testing.assert_array_equal(x, y)
+            assert y is None or x.dtype == y.dtype
+
+
+def rewrite_manifest(path, change):
+    """Change a manifest as one who knows its rule would."""
+    file = path / ".manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    del manifest["sha256"]
+    manifest["sha256"] = digest_of(json.dumps(manifest, sort_keys=True).encode())
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("options", [{}, {"scored": False}, {"hidden": True}])
+def test_what_goes_in_comes_out_to_the_bit(tmp_path, options):
+    filled(tmp_path, **options)
     store = RolloutStore(tmp_path, ABOUT)
     assert store.rounds == [0, 1]
-    assert store.shard(1)["note"] == "round 1"
-    for i, got in enumerate(store.read(1)):
-        want = rollout(1, length=3 + i, scored=scored, seed=i)
-        for field in dataclasses.fields(Rollout)[:-1]:
-            np.testing.assert_array_equal(getattr(got, field.name), getattr(want, field.name))
-        assert (got.score is None) == (want.score is None)
-        for field in dataclasses.fields(Score) if scored else ():
-            a, b = getattr(got.score, field.name), getattr(want.score, field.name)
-            np.testing.assert_array_equal(a, b)
-            assert b is None or a.dtype == b.dtype
+    told = store.shard(1)
+    assert (told["note"], told["rows"], told["tokens"]) == ("round 1", 4, 3 + 4 + 5 + 6)
+    assert [shard["rows"] for shard in told["shards"]] == [2, 2]
+    same(store.read(1), rollouts(1, **options))
 
 
 def test_other_tools_open_it_as_it_lies(tmp_path):
     datasets = pytest.importorskip("datasets")
-    filled(tmp_path / "store")
+    store = filled(tmp_path / "store", hidden=True)
+    store.append(rollouts(2, hidden=True))  # not sealed, and so not seen
     import pandas
 
-    assert len(pandas.read_parquet(tmp_path / "store")) == 8
+    frame = pandas.read_parquet(tmp_path / "store")
+    assert len(frame) == 8
     table = datasets.load_dataset(
         "parquet", data_dir=str(tmp_path / "store"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert len(table) == 8
-    want = rollout(1, length=6, seed=3)
-    assert table[7]["response_ids"] == want.response_ids.tolist()
-    np.testing.assert_array_equal(
-        np.float32(table[7]["teacher_topk_logprobs"]), want.score.teacher_topk_logprobs
-    )
+    want = rollout(1, length=6, seed=3, hidden=True)
+    for row in (table[7], frame.iloc[7]):
+        np.testing.assert_array_equal(row["response_ids"], want.response_ids)
+        np.testing.assert_array_equal(
+            np.stack(row["teacher_topk_logprobs"]).astype(np.float32), want.score.teacher_topk_logprobs
+        )
+        hidden = np.frombuffer(row["teacher_hidden"], ml_dtypes.bfloat16).reshape(6, -1)
+        np.testing.assert_array_equal(hidden, want.score.teacher_hidden)
+    # A file by itself says whose it is.
+    says = json.loads(pq.read_schema(shards(tmp_path / "store", 1)[1]).metadata[b"opd_jax"])
+    assert (says["about"], says["round"], says["part"]) == (ABOUT, 1, 1)
 
 
-def test_a_flipped_bit_is_named_by_file(tmp_path):
-    store = filled(tmp_path)
-    store.verify()
-    shard = tmp_path / "round-00001.parquet"
-    data = bytearray(shard.read_bytes())
+# Damage to what is sealed
+
+
+def flip(file, foreign):
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
+    file.write_bytes(data)
+
+
+def truncate(file, foreign):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def another(file, foreign):
+    file.write_bytes(shards(foreign, 1)[1].read_bytes())
+
+
+def another_round(file, foreign):
+    file.write_bytes(shards(file.parent.parent, 0)[1].read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip, "has another SHA-256 than the manifest"),
+        (truncate, r"is cut off, at \d+ of \d+ bytes"),
+        (lambda file, foreign: file.unlink(), "is missing"),
+        (another, "is a shard of another store or round"),
+        (another_round, "is a shard of another store or round"),
+    ],
+)
+def test_a_damaged_shard_is_named_and_the_rest_is_read(tmp_path, damage, words):
+    store = filled(tmp_path / "store")
+    filled(tmp_path / "foreign", {**ABOUT, "student": "other"}, scored=False)
+    store.verify()
+    file = shards(tmp_path / "store", 1)[1]
+    damage(file, tmp_path / "foreign")
     for act in (store.verify, lambda: store.read(1)):
-        with pytest.raises(InputError, match=r"round-00001\.parquet has another SHA-256"):
+        with pytest.raises(InputError, match=f"{file} {words}") as error:
             act()
-    assert len(store.read(0)) == 4
-    shard.unlink()
-    with pytest.raises(InputError, match=r"round-00001\.parquet is missing"):
+        assert "\n" not in str(error.value)
+    same(store.read(0), rollouts(0))
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_named(tmp_path):
+    store = filled(tmp_path / "store")
+    filled(tmp_path / "foreign", {**ABOUT, "student": "other"})
+    [_, foreign] = shards(tmp_path / "foreign", 0)
+    copied = tmp_path / "store" / "round-00000" / foreign.name
+    copied.write_bytes(foreign.read_bytes())
+    with pytest.raises(InputError, match=f"{copied} is not in the manifest"):
         store.verify()
 
 
-def test_a_store_of_another_student_is_refused(tmp_path):
+def test_a_damaged_manifest_is_named(tmp_path):
+    filled(tmp_path)
+    file = tmp_path / ".manifest.json"
+    good = file.read_text()
+    for bad, words in (
+        ("{", "whole JSON"),
+        ('{"schema": 3}', "by its own SHA-256"),
+        (good.replace('"rows": 2', '"rows": 3'), "by its own SHA-256"),
+        ('{"schema": 99}', "has 99"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(InputError, match=f"manifest.*{words}"):
+            RolloutStore(tmp_path, ABOUT)
+
+
+# Whose store it is
+
+
+def test_a_store_of_another_student_is_refused_unless_it_is_named(tmp_path):
     filled(tmp_path)
     with pytest.raises(InputError, match="one student: .* written for 'abc', this run has 'xyz'"):
         RolloutStore(tmp_path, {**ABOUT, "student": "xyz"})
-    with pytest.raises(InputError, match=r"one temperature: .* 1\.0, this run has 0\.5"):
+    other = {"student": "xyz", "temperature": 0.5}
+    with pytest.raises(InputError, match=r"--store\.accept='\[temperature=1\.0\]'"):
         RolloutStore(tmp_path, {**ABOUT, "temperature": 0.5})
+    with pytest.raises(InputError, match="one temperature"):
+        RolloutStore(tmp_path, other, ["student=abc", "temperature=0.7"])
+    with pytest.raises(InputError, match="named with its value: .*'student'"):
+        RolloutStore(tmp_path, other, ["student"])
+    store = RolloutStore(tmp_path, other, ["student=abc", "temperature=1.0"])
+    same(store.read(0), rollouts(0))
+    with pytest.raises(InputError, match="rollouts of one student are not added to those of another"):
+        store.append(rollouts(2))
 
 
-def test_an_unsealed_shard_is_not_there(tmp_path):
+def test_a_digest_is_named_by_its_beginning(tmp_path):
+    digest = "0123456789abcdef" * 4
+    filled(tmp_path, {"student": digest})
+    with pytest.raises(InputError, match=r"'\[student=0123456789ab\]'"):
+        RolloutStore(tmp_path, {"student": "f" * 64})
+    RolloutStore(tmp_path, {"student": "f" * 64}, ["student=0123456789ab"])
+    for text in ("student=0123456789", "student=0123456789ac", "tokenizer=0123456789ab"):
+        with pytest.raises(InputError, match="one student"):
+            RolloutStore(tmp_path, {"student": "f" * 64}, [text])
+
+
+# What is not sealed
+
+
+def test_parts_that_were_appended_outlive_who_appended_them(tmp_path):
     store = RolloutStore(tmp_path, ABOUT)
-    store.append([rollout()])
-    assert RolloutStore(tmp_path, ABOUT).rounds == []
-    (tmp_path / "round-00000.parquet").write_bytes(b"half a shard of a run that was killed")
+    four = rollouts(0)
+    store.append(four[:2], policy="p")
+    store.close()
+    again = RolloutStore(tmp_path, ABOUT)
+    assert again.rounds == []
+    same(again.pending(0, policy="p"), four[:2])
+    again.append(four[2:], policy="p")
+    again.seal(0)
+    same(again.read(0), four)
+    whole = RolloutStore(tmp_path / "whole", ABOUT)
+    whole.append(four[:2], policy="p")
+    whole.append(four[2:], policy="p")
+    whole.seal(0)
+    assert again.shard(0) == whole.shard(0)
+    with pytest.raises(InputError, match="has round 0 already"):
+        again.pending(0)
+
+
+def test_a_torn_part_is_dropped_alone_and_made_again_in_its_place(tmp_path):
+    four = rollouts(0)
+    store = RolloutStore(tmp_path, ABOUT)
+    for one in four[:3]:
+        store.append([one])
+    store.close()
+    torn = sorted((tmp_path / ".round-00000").glob("part-*"))[1]
+    torn.write_bytes(torn.read_bytes()[:100])
+    same(store.pending(0), [four[0], four[2]])
+    assert torn.exists()  # to look is not to change
+    with store:
+        same(store.pending(0), [four[0], four[2]])
+        assert not torn.exists()
+        with pytest.raises(InputError, match="part 1 of round 0 in .* is lost"):
+            store.seal(0)
+        store.append([four[1]])
+        store.append([four[3]])
+        store.seal(0)
+    same(store.read(0), four)
+
+
+def test_a_round_that_was_moved_but_not_named_yet_is_not_lost(tmp_path):
+    store = RolloutStore(tmp_path, ABOUT)
+    four = rollouts(0)
+    store.append(four[:3])
+    store.close()
+    (tmp_path / ".round-00000").rename(tmp_path / "round-00000")  # killed here, before the manifest
+    assert store.rounds == []
+    same(store.pending(0), four[:3])
+    store.append(four[3:])
     store.seal(0)
-    assert len(store.read(0)) == 1
+    same(store.read(0), four)
+    store.verify()
+    assert not (tmp_path / ".round-00000").exists()
+
+
+def test_parts_of_others_are_neither_taken_nor_thrown_away(tmp_path):
+    store = RolloutStore(tmp_path / "store", ABOUT)
+    other = RolloutStore(tmp_path / "other", {**ABOUT, "student": "other"})
+    for one in (store, other):
+        one.append(rollouts(0)[:2], policy="p")
+        one.close()
+    with pytest.raises(InputError, match=r"part-00000-.* was made by \{'policy': 'p'\}, this run has"):
+        store.pending(0, policy="q")
+    staged = tmp_path / "store" / ".round-00000"
+    [foreign] = (tmp_path / "other" / ".round-00000").iterdir()
+    copied = staged / foreign.name.replace("part-00000", "part-00001")
+    copied.write_bytes(foreign.read_bytes())
+    stray = staged / "notes.txt"
+    more = rollouts(0)[2:]
+    for file, words in ((copied, "is of another store or round"), (stray, "is none")):
+        file.write_bytes(foreign.read_bytes())
+        for act in (
+            lambda: store.pending(0),
+            lambda: store.append(more, policy="p"),
+            lambda: store.seal(0),
+        ):
+            with pytest.raises(InputError, match=f"{file} {words}"):
+                act()
+            store.close()
+        file.unlink()
+    same(store.pending(0, policy="p"), rollouts(0)[:2])
+
+
+def test_what_can_be_had_again_is_discarded(tmp_path):
+    store = filled(tmp_path)
+    store.append(rollouts(2)[:1])
+    store.discard(2)
+    assert store.pending(2) == []
+    store.append(rollouts(2))
+    store.seal(2)
+    same(store.read(2), rollouts(2))
+    with pytest.raises(InputError, match="has round 1 already"):
+        store.discard(1)
 
 
 def test_rounds_are_written_once(tmp_path):
     store = filled(tmp_path)
-    store.append([rollout()])
-    with pytest.raises(InputError, match="has round 1 already"):
-        store.seal(1)
-    with pytest.raises(InputError, match="there is nothing|has none"):
-        RolloutStore(tmp_path, ABOUT).seal(2)
+    for act in (lambda: store.append([rollout(1)]), lambda: store.seal(1)):
+        with pytest.raises(InputError, match="has round 1 already"):
+            act()
+    with pytest.raises(InputError, match="has none"):
+        RolloutStore(tmp_path / "empty", ABOUT).seal(2)
     with pytest.raises(InputError, match=r"has rounds \[0, 1\], not 5"):
         store.read(5)
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    first, second = (RolloutStore(tmp_path, ABOUT) for _ in range(2))
+    first.append(rollouts(0)[:2])
+    for act in (lambda: second.append(rollouts(0)), lambda: second.seal(0), lambda: second.discard(0)):
+        with pytest.raises(InputError, match=f"{tmp_path} is in use"):
+            act()
+    same(second.pending(0), rollouts(0)[:2])  # reading takes no lock
+    first.append(rollouts(0)[2:])
+    first.seal(0)
+    second.append(rollouts(1))
+    second.seal(1)
+    assert first.rounds == second.rounds == [0, 1]
+    same(first.read(0), rollouts(0))
+
+
+# What is refused
 
 
 def test_a_response_of_length_zero_is_refused_going_in_and_coming_out(tmp_path):
     store = filled(tmp_path, scored=False)
     with pytest.raises(InputError, match="at least one token: a rollout of problem 'p0' has 2 and 0"):
-        store.append([rollout(length=0, scored=False)])
+        store.append([rollout(2, length=0, scored=False)])
+    assert store.pending(2) == []
     # A foreign writer that knows the manifest but not the rule.
-    file = tmp_path / "round-00000.parquet"
+    file = shards(tmp_path, 0)[0]
     table = pq.read_table(file)
     empty = table.column("response_ids").to_pylist()
-    empty[2] = []
+    empty[1] = []
     table = table.set_column(4, "response_ids", [empty]).set_column(5, "behaviour_logprobs", [empty])
     pq.write_table(table, file)
-    manifest = json.loads((tmp_path / ".manifest.json").read_text())
-    from opd_jax.files import sha256
 
-    manifest["shards"][0]["sha256"] = sha256(file)
-    (tmp_path / ".manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"row 2 of .*round-00000\.parquet has 2 and 0"):
+    def change(manifest):
+        manifest["rounds"][0]["shards"][0]["sha256"] = digest_of(file.read_bytes())
+
+    rewrite_manifest(tmp_path, change)
+    with pytest.raises(InputError, match=f"row 1 of {file} has 2 and 0"):
         store.read(0)
 
 
@@ -154,16 +377,3 @@ def test_columns_must_match_and_be_finite(tmp_path):
     bad = dataclasses.replace(good.score, teacher_logprobs=np.full(5, np.nan, np.float32))
     with pytest.raises(InputError, match="NaN or infinity in teacher_logprobs"):
         store.append([dataclasses.replace(good, score=bad)])
-
-
-def test_a_damaged_manifest_is_named(tmp_path):
-    filled(tmp_path)
-    (tmp_path / ".manifest.json").write_text("{")
-    with pytest.raises(InputError, match=r"manifest\.json is not"):
-        RolloutStore(tmp_path, ABOUT)
-    (tmp_path / ".manifest.json").write_text('{"schema": 2}')
-    with pytest.raises(InputError, match=r"manifest\.json is not"):
-        RolloutStore(tmp_path, ABOUT)
-    (tmp_path / ".manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(InputError, match="has 99"):
-        RolloutStore(tmp_path, ABOUT)

@@ -1,0 +1,193 @@
+"""Sampling and scoring go on where they were stopped, and end in the same files."""
+
+import dataclasses
+import json
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax.cli import main
+from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted
+from opd_jax.model import forward
+from opd_jax.rollout.score import full_logprobs, rows_of
+from opd_jax.train import collect
+from opd_jax.train.loop import check_extras, do_part
+from opd_jax.train.opening import open_run
+from opd_jax.train.run import Run
+from tests.conftest import tiny_config
+from tests.train.conftest import ignore, never
+
+# Four parts of four rollouts; four micro-batches, read by policy, reference and teacher.
+SHAPE = (
+    "--sampling.slots=4",
+    "--schedule.microbatches=2",
+    "--schedule.rounds=1",
+    "--gate.control=oracle",
+    "--loss.terms=[reference_kl]",
+    "--loss.kl_weight=1",
+    "--store.teacher_hidden=true",
+)
+PIECES = [f"{stage}-{part:05d}" for stage in ("policy", "reference", "teacher") for part in range(4)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A round sampled and scored without a break."""
+    run = open_run(tmp_path_factory.mktemp("whole") / "run", tiny_config(*SHAPE))
+    for part in ("sample", "score"):
+        do_part(run, part, ignore, never)
+    return run
+
+
+def files(run, store):
+    """The files of a store by name, which holds a digest, and its manifest."""
+    folder = run.folder / store
+    found = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != ".lock")
+    return found, json.loads((folder / ".manifest.json").read_text())
+
+
+def without(whole, tmp_path, *stores):
+    """A copy of the run, to do again what these stores hold."""
+    shutil.copytree(whole.folder, tmp_path / "run", ignore=shutil.ignore_patterns(*stores))
+    return open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_sampling_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, parts):
+    run = without(whole, tmp_path, "rollouts", "scored")
+    staged = run.folder / "rollouts" / ".round-00000"
+    with pytest.raises(Interrupted):
+        do_part(run, "sample", ignore, lambda: len(list(staged.glob("part-*"))) >= parts)
+    assert run.rollouts.rounds == []
+    assert len(run.rollouts.pending(0)) == 4 * parts
+    asked = []
+
+    def counted(sampler, params, requests, *args, **options):
+        asked.append(len(requests))
+        return honest(sampler, params, requests, *args, **options)
+
+    honest = collect.sample
+    monkeypatch.setattr(collect, "sample", counted)
+    do_part(open_run(run.folder), "sample", ignore, never)
+    assert asked == [16 - 4 * parts]
+    assert files(run, "rollouts") == files(whole, "rollouts")
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 11])
+def test_scoring_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, count):
+    run = without(whole, tmp_path, "scored")
+    kept = lambda: sorted((run.folder / "scored" / ".work-00000").glob("*.npz"))  # noqa: E731
+    with pytest.raises(Interrupted):
+        do_part(run, "score", ignore, lambda: len(kept()) >= count)
+    assert [file.name.rsplit("-", 2)[0] for file in kept()] == PIECES[:count]
+    torn = kept()[0]
+    torn.write_bytes(torn.read_bytes()[:-1])  # which is read again, alone
+    read = []
+    for stage, honest in collect._STAGES.items():
+        monkeypatch.setitem(collect._STAGES, stage, lambda *a, s=stage, h=honest: (read.append(s), h(*a))[1])
+    do_part(open_run(run.folder), "score", ignore, never)
+    left = [PIECES[0], *PIECES[count:]]
+    assert read == [piece.split("-")[0] for piece in left]
+    assert files(run, "scored") == files(whole, "scored")
+
+
+def test_scores_of_other_work_are_not_taken(whole, tmp_path, monkeypatch):
+    """What is scored hangs on a setting that may change between two sittings."""
+    run = without(whole, tmp_path, "scored")
+    work = run.folder / "scored" / ".work-00000"
+    with pytest.raises(Interrupted):
+        do_part(run, "score", ignore, lambda: len(list(work.glob("*"))) >= 4)
+    run = open_run(run.folder, tiny_config(*SHAPE, "--log.diagnose_every=5"))
+    do_part(run, "score", ignore, never)
+    assert "again" in run.scored.shard(0)["extras"]
+    assert run.scored.shard(0)["null_drift"]["max"] < 1e-5
+    assert not work.exists()
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_finished(whole, tmp_path, monkeypatch, capsys):
+    run = without(whole, tmp_path, "rollouts", "scored")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest = collect.sample
+
+    def filling(*args, **options):
+        for index, drawn in enumerate(honest(*args, **options)):
+            if index == 8:  # no file may grow beyond this from now on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+            yield drawn
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "sample", filling)
+        try:
+            assert main(["sample", str(run.folder)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    captured = capsys.readouterr()
+    [line] = captured.err.strip().splitlines()
+    assert line.startswith("opd: a store must have room, and leave to write: ")
+    assert "part-00002" in line
+    assert "File too large" in line
+    assert len(run.rollouts.pending(0)) == 8
+    assert not [f for f in (run.folder / "rollouts").rglob("*.part")]
+    assert main(["sample", str(run.folder)]) == 0
+    assert files(run, "rollouts") == files(whole, "rollouts")
+
+
+def test_a_divergence_over_the_vocabulary_is_had_from_hidden_states(whole):
+    """Full KL(student || teacher), from a teacher pass and from what the store holds of one."""
+    rollouts = whole.scored.read(0)
+    rows = rows_of(rollouts, whole.width)
+    assert {r.score.teacher_hidden.dtype.name for r in rollouts} == {"bfloat16"}
+
+    def dense(model, params):
+        z = forward(params, rows.tokens, model, positions=rows.positions, sequence_ids=rows.sequence_ids)
+        return np.asarray(jax.nn.log_softmax(z, axis=-1), np.float64)[rows.mask]
+
+    student, teacher = dense(whole.model, whole.base), dense(whole.teacher_model, whole.teacher)
+    hidden = np.concatenate([rollout.score.teacher_hidden for rollout in rollouts])
+    again = np.asarray(full_logprobs(hidden, whole.teacher, whole.teacher_model, temperature=1.0))
+    assert again.shape == (rows.mask.sum(), whole.teacher_model.vocab_size)
+    # bfloat16 keeps 8 bits of what a logit is summed from.
+    np.testing.assert_allclose(again[teacher > -8], teacher[teacher > -8], atol=0.03)
+    kl, want = ((np.exp(student) * (student - other)).sum(-1) for other in (again, teacher))
+    assert want.max() > 0.5
+    np.testing.assert_allclose(kl, want, atol=5e-4)
+    np.testing.assert_allclose(kl.mean(), want.mean(), rtol=1e-3)
+    hot = np.asarray(full_logprobs(hidden[:9], whole.teacher, whole.teacher_model, temperature=2.0))
+    half = teacher[:9] / 2
+    np.testing.assert_allclose(np.exp(hot), np.exp(half) / np.exp(half).sum(-1, keepdims=True), atol=0.01)
+
+
+def test_a_samplers_log_probs_of_another_temperature_are_compared_like_with_like(tmp_path, monkeypatch):
+    config = tiny_config("--sampling.temperature=1.6", "--schedule.rounds=1")
+    run = open_run(tmp_path / "run", config)
+    vars(run)["about"] = {**run.about, "engine": "server", "behaviour_logprob_temperature": 1.0}
+    honest, read = collect.sample, jax.jit(forward, static_argnums=2)
+
+    def server(sampler, params, requests, *args, **options):
+        """What a server gives: drawn at 1.6, log-probs at 1."""
+        for request, drawn in zip(requests, honest(sampler, params, requests, *args, **options), strict=True):
+            ids = np.concatenate([request.prompt_ids, drawn.ids])
+            text = np.zeros((1, run.width + 1), np.int32)  # one shape for all
+            text[0, : len(ids)] = ids
+            logits = np.asarray(read(run.base, text[:, :-1], run.model), np.float64)[0]
+            logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            of_ids = np.take_along_axis(logprobs, text[0, 1:, None], -1)[:, 0]
+            yield dataclasses.replace(
+                drawn, logprobs=of_ids[len(request.prompt_ids) - 1 : len(ids) - 1].astype(np.float32)
+            )
+
+    monkeypatch.setattr(collect, "sample", server)
+    for part in ("sample", "score"):
+        do_part(run, part, ignore, never)
+    apart = [np.abs(r.behaviour_logprobs - r.score.old_logprobs).max() for r in run.scored.read(0)]
+    assert min(apart) > 0.01
+    assert run.scored.shard(0)["mismatch"]["max"] < 1e-4
+    assert run.scored.about_store["behaviour_logprob_temperature"] == 1.0
+    asking = Run(run.folder, tiny_config("--sampling.temperature=1.6", "--loss.old_source=sampler"))
+    vars(asking)["about"] = run.about
+    with pytest.raises(InputError, match=r"are of temperature 1\.0, the trainer's of 1\.6"):
+        check_extras(asking, 0)
