@@ -15,8 +15,7 @@ from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
-from opd_jax.rollout.engine import Request
-from opd_jax.rollout.jax_engine import make_sampler, sample
+from opd_jax.rollout.engine import Request, in_order
 from opd_jax.rollout.score import (
     Scorer,
     attach,
@@ -31,6 +30,7 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.train.choices import needs_groups, wanted_extras
+from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
@@ -73,22 +73,9 @@ def sample_round(run: Run, stop: Stop) -> None:
     run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     prompts = {problem.id: encode_prompt(run.tokenizer, problem.prompt) for problem, _ in draws}
-    generated = sample(
-        make_sampler(
-            run.model,
-            slots=config.sampling.slots,
-            max_prompt=config.sampling.max_prompt,
-            max_response=config.sampling.max_response,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            usable=run.usable,
-        ),
-        run.policy,
-        [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
-        stream(config.seed, "sample"),
-        slots=config.sampling.slots,
-        max_prompt=config.sampling.max_prompt,
-    )
+    engine = engine_of(run, "student", config.sampling, stream(config.seed, "sample"))
+    requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
+    generated = in_order(engine.draw(requests))
     rollouts = []
     for (problem, number), drawn in zip(draws, generated, strict=True):
         if stop():
