@@ -65,9 +65,13 @@ class SamplingConfig:
     samples: int = 8  # rollouts of each prompt
     temperature: float = 1.0
     top_p: float = 0.9
+    top_k: int = 0  # likeliest tokens that may be drawn, 0 for all; the nucleus is taken of these
     max_prompt: int = 2048  # tokens
     max_response: int = 16384  # tokens
-    slots: int = 32  # rollouts decoded together
+    stop: tuple[str, ...] = ()  # strings that end a response; this and the next two hold in evaluation too
+    stop_ids: tuple[int, ...] = ()  # ids that end one, beside those that the model's own files name
+    ban_special: bool = False  # never draw special tokens but for those that end a response
+    slots: int = 32  # rollouts decoded together; refilled as they finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +221,7 @@ class EvaluationConfig:
     samples: int = 8  # a problem
     temperature: float = 1.0
     top_p: float = 0.9
+    top_k: int = 0
     seed: int = 0  # apart from the training seed, so that arms and seeds face the same draws
 
 

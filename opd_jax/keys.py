@@ -24,15 +24,15 @@ def stream(seed: int, name: str) -> Array:
     return jax.random.key(derived_seed(seed, name))
 
 
-def rollout_keys(root: Array, problems: Array, samples: Array) -> Array:
-    """One key per rollout from (stream, problem, sample); ``[B]`` from two ``[B]`` int arrays."""
+def rollout_keys(roots: Array, problems: Array, samples: Array) -> Array:
+    """One key per rollout from (stream, problem, sample); ``[B]`` from three ``[B]`` arrays."""
 
-    def one(problem: Array, sample: Array) -> Array:
+    def one(root: Array, problem: Array, sample: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(root, problem), sample)
 
-    return jax.vmap(one)(problems, samples)
+    return jax.vmap(one)(roots, problems, samples)
 
 
-def token_keys(keys: Array, position: Array) -> Array:
-    """The keys of one response position, ``[B]``."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, position))(keys)
+def token_keys(keys: Array, positions: Array) -> Array:
+    """The keys of one response position of each rollout, ``[B]`` from two ``[B]`` arrays."""
+    return jax.vmap(jax.random.fold_in)(keys, positions)

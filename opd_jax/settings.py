@@ -136,9 +136,9 @@ POSITIVE = (
     "evaluation.temperature weights.popd_every weights.scope_opd_temperature weights.token_is_high"
 ).split()
 NOT_NEGATIVE = (
-    "seed evaluation.seed gate.tau gate.eps gate.cusum_slack schedule.staleness log.rows "
-    "log.diagnose_every optimizer.weight_decay loss.clip_low loss.clip_high loss.alpha "
-    "loss.kl_weight loss.conflict loss.entropy_threshold weights.token_is_low weights.popd_start "
+    "seed evaluation.seed sampling.top_k evaluation.top_k gate.tau gate.eps gate.cusum_slack "
+    "schedule.staleness log.rows log.diagnose_every optimizer.weight_decay loss.clip_low loss.clip_high "
+    "loss.alpha loss.kl_weight loss.conflict loss.entropy_threshold weights.token_is_low weights.popd_start "
     "weights.popd_growth weights.prune_drop weights.prune_base weights.f_opd_rate weights.f_opd_threshold "
     "weights.iw_opd_largest weights.fire_opd_teacher_share weights.fire_opd_student_share"
 ).split()
@@ -170,6 +170,11 @@ def check(config: Config) -> None:
         raise InputError(
             "problems.system and problems.thinking are of chat templates: problems.template is plain; set it "
             "to chat, or drop them"
+        )
+    if not all(config.sampling.stop):
+        raise InputError(
+            f"a stop string must have a character: sampling.stop is {list(config.sampling.stop)}; drop the "
+            "empty one"
         )
     gate = config.gate
     if gate.span_maximum < gate.span_minimum:

@@ -9,16 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from opd_jax.config import ProblemsConfig
 from opd_jax.errors import InputError
 from opd_jax.evaluate.pass_at_k import pass_at_k
 from opd_jax.files import read_text, write_text
-from opd_jax.rollout.engine import Request
-from opd_jax.rollout.jax_engine import Sampler, sample
+from opd_jax.rollout.engine import Engine, Request, in_order
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
-from opd_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,37 +30,29 @@ class Answer:
 
 
 def answers(
-    sampler: Sampler,
-    params: Params,
+    engine: Engine,
     tokenizer: Any,
     problems: Sequence[Problem],
-    root: jax.Array,
     *,
     samples: int,
-    slots: int,
-    max_prompt: int,
     prompting: ProblemsConfig | None = None,
 ) -> Iterator[Answer]:
     """Draw ``samples`` responses to every problem and grade them.
 
-    Keys come from (root, problem, sample), so two models are compared on the same draws.
+    Draws depend on (the engine's stream, problem, sample), so two models are compared on the same ones.
 
     Args:
-      sampler: from `opd_jax.rollout.make_sampler`, for the same ``slots`` and ``max_prompt``.
-      params: of the model judged.
+      engine: draws with the model judged.
       tokenizer: its tokenizer.
       problems: what is asked.
-      root: key of the evaluation stream.
       samples: n, per problem.
-      slots, max_prompt: of the sampler.
       prompting: how a prompt is made of a problem; by default it is the plain question.
     """
     settings = prompting or ProblemsConfig()
     draws = [(problem, number) for problem in problems for number in range(samples)]
     prompts = {problem.id: prompt_ids(tokenizer, problem.prompt, settings) for problem in problems}
     requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
-    drawn = sample(sampler, params, requests, root, slots=slots, max_prompt=max_prompt)
-    for (problem, number), generated in zip(draws, drawn, strict=True):
+    for (problem, number), generated in zip(draws, in_order(engine.draw(requests)), strict=True):
         text = decode_response(tokenizer, generated.ids)
         yield Answer(
             problem=problem.id,

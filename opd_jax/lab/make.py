@@ -26,8 +26,7 @@ from opd_jax.keys import derived_seed, stream
 from opd_jax.lab.chains import chains, solution
 from opd_jax.lab.tokenizer import VOCABULARY, build_tokenizer
 from opd_jax.model import Qwen3Config, init_params, parameter_count, save_pretrained
-from opd_jax.rollout.jax_engine import make_sampler
-from opd_jax.rollout.rows import make_rows
+from opd_jax.rollout import JaxEngine, make_rows, make_sampler
 from opd_jax.tasks import Problem, encode_prompt
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.supervised import make_supervised_step
@@ -83,18 +82,8 @@ def judge(
         top_p=0.9,
         usable=len(tokenizer),
     )
-    records = list(
-        answers(
-            sampler,
-            params,
-            tokenizer,
-            problems,
-            stream(0, "evaluate"),
-            samples=samples,
-            slots=128,
-            max_prompt=MAX_PROMPT,
-        )
-    )
+    engine = JaxEngine(sampler, params, stream(0, "evaluate"))
+    records = list(answers(engine, tokenizer, problems, samples=samples))
     return {k: float(np.mean(list(by_problem(records, k).values()))) for k in {1, samples}}
 
 

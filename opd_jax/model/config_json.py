@@ -17,6 +17,31 @@ def read_model_config(folder: Path) -> Qwen3Config:
     return config_from_json(folder / "config.json")
 
 
+def read_stop_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end a text by a checkpoint's own files: ``config.json`` and ``generation_config.json``.
+
+    A chat model may name two, the end of a turn and the end of text. The first is the config's.
+
+    Raises:
+      InputError: a file is unreadable or names something else than ids.
+    """
+    found: list[int] = []
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.name != "config.json" and not file.is_file():
+            continue
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{file.name} must be a readable JSON object: {file} ({error}); restore it"
+            ) from None
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"eos_token_id must be one or more token ids: {file} has {named!r}; correct it")
+        found += ids
+    return tuple(dict.fromkeys(found))
+
+
 def config_from_json(path: Path) -> Qwen3Config:
     """Read a Hugging Face ``config.json``, refusing what this model does not compute.
 

@@ -97,6 +97,12 @@ def can_split(rows: int) -> bool:
     )
 
 
+def ways_of(rows: int) -> int:
+    """How many parts the mesh in context splits this many rows into; 1 where it does not."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[name] for name in BATCH) if can_split(rows) else 1
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of ``[B, ...]`` arrays: rows over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

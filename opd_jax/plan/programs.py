@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from opd_jax.config import Config
 from opd_jax.model import Qwen3Config, param_shardings, parameter_table
@@ -20,8 +20,8 @@ from opd_jax.model.parameters import Table, abstract_params
 from opd_jax.model.sharding import batch_sharding
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
-from opd_jax.rollout.jax_engine import make_sampler
 from opd_jax.rollout.score import make_scorer, make_topk_scorer
+from opd_jax.rollout.slots import Group, Sampler, State, make_sampler, placement
 from opd_jax.train.computing import adapter_of, row_width
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
@@ -38,8 +38,8 @@ class Program:
     temporary: int
     output: int  # that is not written over an argument
     code: int
-    flops: int  # on one device, of matrix products; a sampler's are those of the prompt and one token
-    traffic: dict[str, int]  # bytes received, by kind of collective; a sampler's likewise
+    flops: int  # on one device, of matrix products; of sample, those of one token a slot
+    traffic: dict[str, int]  # bytes received, by kind of collective; of sample likewise
     seconds: float  # to compile
     error: str = ""  # why it did not compile
 
@@ -84,9 +84,6 @@ def compile_programs(
     width = row_width(sampling, mesh.devices.flat[0].platform)
     rows = sampling.prompts * sampling.samples // schedule.minibatches // schedule.microbatches
     temperature = sampling.temperature
-    draws = [jax.ShapeDtypeStruct((sampling.slots,), jnp.int32)] * 3
-    prompts = jax.ShapeDtypeStruct((sampling.slots, sampling.max_prompt), jnp.int32)
-    root = jax.ShapeDtypeStruct((2,), jnp.uint32)
     sampler = make_sampler(
         student,
         slots=sampling.slots,
@@ -95,7 +92,10 @@ def compile_programs(
         temperature=temperature,
         top_p=sampling.top_p,
         usable=usable,
+        top_k=sampling.top_k,
+        stop_ids=(student.eos_token_id, *sampling.stop_ids),
     )
+    slots, group = abstract_slots(sampler, mesh)
     topk = make_topk_scorer(
         teacher,
         k=config.loss.top_k,
@@ -112,10 +112,21 @@ def compile_programs(
         param_shardings(student, mesh) if frozen else None,
     )
     read = {"student": kinds["student"]}
+    drawing = {**read, "cache": bytes_on_device(slots)}
+    empty = jax.ShapeDtypeStruct((sampling.slots,), jnp.bool_)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
     minibatch = abstract_batch(config, rows * schedule.microbatches, width, mesh)
     part = abstract_batch(config, rows, width, mesh).rows
     return [
-        _compile("sample", sampler, (policy, prompts, *draws, root), read, beside("student"), mesh),
+        _compile("prefill", sampler.fill, (policy, slots, group), drawing, beside("student"), mesh),
+        _compile(
+            "sample",
+            sampler.advance,
+            (policy, slots, empty, count, count),
+            drawing,
+            beside("student"),
+            mesh,
+        ),
         _compile(
             "score old",
             make_scorer(student, temperature=temperature),
@@ -136,6 +147,21 @@ def compile_programs(
             mesh,
         ),
     ]
+
+
+def abstract_slots(sampler: Sampler, mesh: Mesh) -> tuple[State, Group]:
+    """Shapes and placement of a sampler's slots, and shapes of the prompts read into them at a time."""
+    with jax.set_mesh(mesh):
+        state, size = jax.eval_shape(sampler.begin), sampler.group
+    state = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        state,
+        placement(state),
+    )
+    each = jax.ShapeDtypeStruct((size,), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((size, sampler.max_prompt), jnp.int32)
+    roots = jax.ShapeDtypeStruct((size, 2), jnp.uint32)
+    return state, Group(prompts, each, each, each, each, each, roots)
 
 
 def abstract_batch(config: Config, rows: int, width: int, mesh: Mesh) -> Batch:

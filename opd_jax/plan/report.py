@@ -29,7 +29,7 @@ def as_json(programs: Sequence[Program], memory: int | None) -> list[dict[str, A
 def as_table(config: Config, programs: Sequence[Program], memory: int | None) -> str:
     """A Markdown table: a line a program, memory of one device in GiB by kind."""
     kinds = list(dict.fromkeys(kind for p in programs for kind in (*p.arguments, *p.beside)))
-    kinds.sort(key=["student", "optimizer", "teacher", "batch"].index)
+    kinds.sort(key=["student", "optimizer", "teacher", "cache", "batch"].index)
     names = [
         "program", *kinds, "temporary", "output", "code", "total", "fits", "TFLOP", "traffic", "compiled in"
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def as_table(config: Config, programs: Sequence[Program], memory: int | None) ->
     lines += [
         "",
         f"Memory, products and traffic (GiB received) are those of one device, which has {of}. "
-        f"An update takes {rows} rows in {schedule.microbatches} parts. A sampler's products and traffic are "
-        "those of the prompts and one token.",
+        f"An update takes {rows} rows in {schedule.microbatches} parts. The products and traffic of sample "
+        "are those of one token a slot; prefill reads prompts into the slots that are free.",
     ]
     return "\n".join(lines)

@@ -18,6 +18,8 @@ class Request:
     prompt_ids: TokenIds
     problem: int  # 31-bit key of the problem
     sample: int  # which rollout of that problem, over the whole run
+    max_response: int | None = None  # tokens, at most the engine's own limit, which holds where this is None
+    seed: int | None = None  # of this request's draws; the engine's where it is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +40,14 @@ class Engine(Protocol):
     def draw(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generated]]:
         """Yield ``(index of a request, what was drawn)`` for each, as they are finished, in any order."""
         ...
+
+
+def in_order(drawn: Iterator[tuple[int, Generated]]) -> Iterator[Generated]:
+    """What an engine drew in the order of the requests; what comes early waits for its turn."""
+    waiting: dict[int, Generated] = {}
+    following = 0
+    for index, generated in drawn:
+        waiting[index] = generated
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -15,11 +15,9 @@ from opd_jax.files import write_text
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
 from opd_jax.processes import agreed, is_first
-from opd_jax.rollout import make_sampler
 from opd_jax.tasks import prompting_digest
+from opd_jax.train.engines import Who, engine_of
 from opd_jax.train.run import Run
-
-Who = Literal["student", "base", "teacher"]
 
 
 def answers_file(run: Run, who: Who) -> Path:
@@ -30,9 +28,13 @@ def answers_file(run: Run, who: Who) -> Path:
 
 def conditions(run: Run) -> dict[str, Any]:
     """What two evaluations must share to be compared problem by problem."""
+    sampling = run.config.sampling
     return {
         **dataclasses.asdict(run.config.evaluation),
-        "max_response": run.config.sampling.max_response,
+        "max_response": sampling.max_response,
+        "stop": list(sampling.stop),
+        "stop_ids": list(sampling.stop_ids),
+        "ban_special": sampling.ban_special,
         "problems": run.identity["problems.heldout"],
         "prompting": prompting_digest(run.tokenizer, run.config.problems),
     }
@@ -55,32 +57,15 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
     """
     file = answers_file(run, who)
     run.make_room("policy" if who == "student" else who)
-    model = run.teacher_model if who == "teacher" else run.model
-    params = {"student": lambda: run.policy, "base": lambda: run.base, "teacher": lambda: run.teacher}[who]()
-    sampling, evaluation = run.config.sampling, run.config.evaluation
-    sampler = make_sampler(
-        model,
-        slots=sampling.slots,
-        max_prompt=sampling.max_prompt,
-        max_response=sampling.max_response,
-        temperature=evaluation.temperature,
-        top_p=evaluation.top_p,
-        usable=run.usable,
-    )
+    evaluation = run.config.evaluation
+    engine = engine_of(run, who, evaluation, stream(evaluation.seed, "evaluate"))
     records = []
     stop = agreed(stop)
     with jax.set_mesh(run.mesh):
-        for answer in answers(
-            sampler,
-            params,
-            run.tokenizer,
-            run.heldout,
-            stream(evaluation.seed, "evaluate"),
-            samples=evaluation.samples,
-            slots=sampling.slots,
-            max_prompt=sampling.max_prompt,
-            prompting=run.config.problems,
-        ):
+        drawn = answers(
+            engine, run.tokenizer, run.heldout, samples=evaluation.samples, prompting=run.config.problems
+        )
+        for answer in drawn:
             if stop():
                 raise Interrupted
             records.append(answer)

@@ -17,8 +17,7 @@ from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
-from opd_jax.rollout.engine import Request
-from opd_jax.rollout.jax_engine import make_sampler, sample
+from opd_jax.rollout.engine import Request, in_order
 from opd_jax.rollout.rows import gather, spread
 from opd_jax.rollout.score import (
     Scorer,
@@ -36,6 +35,7 @@ from opd_jax.rollout.scratch import Scratch, clear_work
 from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups, wanted_extras
+from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
@@ -112,25 +112,11 @@ def sample_round(run: Run, stop: Stop) -> None:
 
 def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Iterator[Rollout]:
     """Graded rollouts of the present student, in the order of the draws."""
-    sampling = run.config.sampling
     asked = {problem.id: problem.prompt for problem, _ in draws}
     prompts = {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
-    generated = sample(
-        make_sampler(
-            run.model,
-            slots=sampling.slots,
-            max_prompt=sampling.max_prompt,
-            max_response=sampling.max_response,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            usable=run.usable,
-        ),
-        run.policy,
-        [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
-        stream(run.config.seed, "sample"),
-        slots=sampling.slots,
-        max_prompt=sampling.max_prompt,
-    )
+    engine = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
+    requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
+    generated = in_order(engine.draw(requests))
     for (problem, number), drawn in zip(draws, generated, strict=True):
         text = decode_response(run.tokenizer, drawn.ids)
         yield Rollout(

@@ -26,7 +26,7 @@ from opd_jax.model.lora import merge_lora, save_adapter
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import agreed, is_first
 from opd_jax.rollout.score import batch_of
-from opd_jax.tasks import TOKENIZER_FILES
+from opd_jax.tasks import TOKENIZER_FILES, vocabulary
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round, score_round
 from opd_jax.train.diagnose import diagnosis
@@ -177,8 +177,7 @@ def counted_rows(run: Run, rows: Rows) -> Rows:
 
 def special_ids(run: Run) -> tuple[int, ...]:
     """Ids of the tokenizer's special tokens but for those that end a response: stopping is trained."""
-    ends = {run.tokenizer.eos_token_id, run.model.eos_token_id}
-    return tuple(sorted(set(run.tokenizer.all_special_ids) - ends))
+    return vocabulary.special_ids(run.tokenizer, {run.tokenizer.eos_token_id, *run.stop_ids})
 
 
 def check_extras(run: Run, round_: int) -> None:

@@ -27,12 +27,13 @@ from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.keys import stream
 from opd_jax.model import Qwen3Config, load_pretrained, make_mesh, param_shardings, parameter_table
-from opd_jax.model.config_json import read_model_config
+from opd_jax.model.config_json import read_model_config, read_stop_ids
 from opd_jax.model.kernels import KernelChoice
 from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
 from opd_jax.model.parameters import Parameter
 from opd_jax.rollout.store import RolloutStore
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, prompting_digest, tokenizer_digest
+from opd_jax.tasks.vocabulary import vocabulary_end
 from opd_jax.train.checkpoint import Checkpoints
 from opd_jax.train.computing import adapter_of, computed, kernel_of, row_width
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
@@ -130,10 +131,15 @@ class Run:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.student_folder)
 
-    @property
+    @functools.cached_property
     def usable(self) -> int:
-        """Ids that mean something; a model's vocabulary may be padded beyond them."""
-        return len(self.tokenizer)
+        """Ids that mean something are below it; a model's vocabulary may be padded beyond them."""
+        return vocabulary_end(self.tokenizer)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response of the student."""
+        return (*read_stop_ids(self.student_folder), *self.config.sampling.stop_ids)
 
     @functools.cached_property
     def problems(self) -> list[Problem]:

@@ -271,7 +271,7 @@ def test_the_sampler_draws_the_same_on_a_mesh(model):
     wanted = [Request([1 + i, 2 + i], i, 0) for i in range(B)]
 
     def drawn(params):
-        found = sample(sampler, params, wanted, jax.random.key(3), slots=B, max_prompt=3)
+        found = sample(sampler, params, wanted, jax.random.key(3))
         return [(list(one.ids), one.logprobs) for one in found]
 
     want, mesh = drawn(params), make_mesh(1, 2, 4)

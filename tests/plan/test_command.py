@@ -30,7 +30,7 @@ def planned(tmp_path, *more):
 def test_a_plan_counts_what_lies_on_a_device(tmp_path, capsys, counts):
     status, programs = planned(tmp_path)
     assert status == 0
-    assert list(programs) == ["sample", "score old", "score teacher", "train"]
+    assert list(programs) == ["prefill", "sample", "score old", "score teacher", "train"]
     ours, theirs = counts
     train = programs["train"]
     # Float32 weights; two moments and two counters; the teacher waits beside the step.

@@ -46,7 +46,7 @@ def main() -> None:
                 usable=len(tokenizer),
             )
             root = stream(0, "sample")
-            drawn = list(sample(sampler, params, requests, root, slots=SLOTS, max_prompt=P))
+            drawn = list(sample(sampler, params, requests, root))
             rows = make_rows([r.prompt_ids for r in requests], [g.ids for g in drawn], P + R - 1)
             read = jax.jit(
                 lambda p, r, c=config, t=temperature: token_logprobs(p, r, c, temperature=t or 1.0)

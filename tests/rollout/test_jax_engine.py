@@ -40,7 +40,7 @@ def draw(model, wanted, *, temperature=1.0, top_p=1.0, max_response=R, seed=0):
         top_p=top_p,
         usable=43,
     )
-    return list(sample(sampler, params, wanted, stream(seed, "sample"), slots=SLOTS, max_prompt=P))
+    return list(sample(sampler, params, wanted, stream(seed, "sample")))
 
 
 def test_keystone_cached_logprobs_are_teacher_forced_ones():

@@ -235,7 +235,7 @@ def test_special_tokens_leave_the_mask_but_not_the_record(finished, tmp_path, mo
 def test_special_tokens_are_the_tokenizers_but_for_ends(finished):
     stub = SimpleNamespace(
         tokenizer=SimpleNamespace(all_special_ids=[9, 3, 0, 7], eos_token_id=9),
-        model=SimpleNamespace(eos_token_id=0),
+        stop_ids=(0,),
         config=tiny_config("--loss.special_tokens=first_out"),
     )
     assert special_ids(stub) == (3, 7)

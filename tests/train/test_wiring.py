@@ -179,7 +179,7 @@ def test_evaluation_draws_by_its_own_settings(tmp_path, temperature):
         for problem in run.heldout
         for number in range(2)
     ]
-    drawn = sample(sampler, run.base, requests, stream(5, "evaluate"), slots=16, max_prompt=16)
+    drawn = sample(sampler, run.base, requests, stream(5, "evaluate"))
     want = [run.tokenizer.decode(g.ids.tolist(), skip_special_tokens=True) for g in drawn]
     assert [answer.response for answer in answers] == want
     assert len({answer.problem for answer in answers}) == 6

@@ -1,0 +1,59 @@
+"""What draws rollouts with the models of a run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+
+from opd_jax.config import EvaluationConfig, SamplingConfig
+from opd_jax.errors import InputError
+from opd_jax.model.config_json import read_stop_ids
+from opd_jax.rollout import JaxEngine, make_sampler, stop_finder
+from opd_jax.tasks import decode_response
+from opd_jax.tasks.vocabulary import special_ids, unused_ids
+from opd_jax.train.run import Run
+
+Who = Literal["student", "base", "teacher"]
+
+
+def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, root: jax.Array) -> JaxEngine:
+    """The JAX sampler of one of a run's models.
+
+    Args:
+      run: the run.
+      who: the ``student`` as it is now, the ``base`` it began as, or the ``teacher``.
+      drawing: temperature, top-p and top-k; all else is as in sampling.
+      root: key of the stream.
+
+    Raises:
+      InputError: an id in ``sampling.stop_ids`` is outside the vocabulary.
+    """
+    sampling, teacher = run.config.sampling, who == "teacher"
+    model = run.teacher_model if teacher else run.model
+    folder = run.teacher_folder if teacher else run.student_folder
+    for stop in sampling.stop_ids:
+        if not 0 <= stop < run.usable:
+            raise InputError(
+                f"a stop id must be in the vocabulary: sampling.stop_ids has {stop}, the tokenizer "
+                f"{run.usable} ids; correct it"
+            )
+    ends = (*read_stop_ids(folder), *sampling.stop_ids)
+    specials = special_ids(run.tokenizer, ends) if sampling.ban_special else ()
+    sampler = make_sampler(
+        model,
+        slots=sampling.slots,
+        max_prompt=sampling.max_prompt,
+        max_response=sampling.max_response,
+        temperature=drawing.temperature,
+        top_p=drawing.top_p,
+        top_k=drawing.top_k,
+        usable=run.usable,
+        stop_ids=ends,
+        banned=(*unused_ids(run.tokenizer), *specials),
+    )
+    params = {"student": lambda: run.policy, "base": lambda: run.base, "teacher": lambda: run.teacher}[who]()
+    text = functools.partial(decode_response, run.tokenizer)
+    find_stop = stop_finder(sampling.stop, text) if sampling.stop else None
+    return JaxEngine(sampler, params, root, find_stop=find_stop)
