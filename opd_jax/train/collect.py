@@ -17,6 +17,7 @@ from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
 from opd_jax.rollout.engine import Request
 from opd_jax.rollout.jax_engine import make_sampler, sample
+from opd_jax.rollout.rows import Packing
 from opd_jax.rollout.score import (
     Scorer,
     attach,
@@ -32,6 +33,7 @@ from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.train.choices import needs_groups, wanted_extras
 from opd_jax.train.identity import params_digest
+from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
 
@@ -141,8 +143,10 @@ def score_round(run: Run, stop: Stop) -> None:
     extras = set(wanted_extras(config))
     if config.log.diagnose_every:
         extras.add("again")  # for the null reading, which is left out where a round lacks it
-    parts = parts_of_round(config, round_)
-    rows = [rows_of([rollouts[index] for index in chosen], run.width) for chosen in parts]
+    parts = parts_of_round(config, round_, rollouts, run.width)
+    rows = [
+        rows_of([rollouts[index] for index in chosen], run.width, counts=counts) for chosen, counts in parts
+    ]
     columns: list[dict[str, Any]] = [{} for _ in parts]
     for read in (_by_policy, _by_reference, _by_teacher):
         for part, told in zip(rows, columns, strict=True):
@@ -150,7 +154,7 @@ def score_round(run: Run, stop: Stop) -> None:
                 raise Interrupted
             told |= read(run, part, extras, told)
     scored: dict[int, Rollout] = {}
-    for chosen, part, told in zip(parts, rows, columns, strict=True):
+    for (chosen, _), part, told in zip(parts, rows, columns, strict=True):
         rounded = attach([rollouts[index] for index in chosen], part, **told)
         scored.update(zip(chosen.tolist(), rounded, strict=True))
     in_order = [scored[index] for index in range(len(rollouts))]
@@ -208,10 +212,13 @@ def _usable(run: Run) -> int:
     return min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
 
 
-def parts_of_round(config: Config, round_: int) -> list[np.ndarray]:
+def parts_of_round(config: Config, round_: int, rollouts: Sequence[Rollout], width: int) -> list[Packing]:
     """Which rollouts are computed together, in scoring as in training: the micro-batches of a round."""
-    count = config.schedule.microbatches
-    return [chosen[part::count] for chosen in minibatch_plan(config, round_) for part in range(count)]
+    return [
+        part
+        for chosen in minibatch_plan(config, round_)
+        for part in parts_of(layout(config, chosen, rollouts, width), config.schedule.microbatches)
+    ]
 
 
 def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:
