@@ -9,11 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.errors import InputError
+from opd_jax.method import objective
 from opd_jax.model.kernels import choose_kernel
-from opd_jax.rollout.rows import gather
-from opd_jax.rollout.score import batch_of
+from opd_jax.rollout import Rollout, Score
+from opd_jax.rollout.rows import gather, lengths_of, pack
+from opd_jax.rollout.score import batch_of, make_scorer, rows_of
+from opd_jax.train.choices import SEGMENTS, base_loss, gate_options
 from opd_jax.train.collect import minibatch_plan, parts_of_round
 from opd_jax.train.computing import kernel_of
+from opd_jax.train.fields import read_fields
+from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import SHAPES, layout, parts_of
 from opd_jax.train.loop import distill, do_part
 from opd_jax.train.metrics import read_lines
@@ -23,150 +28,244 @@ from opd_jax.train.step import init_state
 from tests.conftest import tiny_config
 from tests.train.conftest import ignore, never
 
-# Rows that hold two rollouts and more: the lab's answers have some thirty tokens.
-LONG = "--sampling.max_response=90"
-WHOLE = ("--schedule.rounds=1", "--schedule.minibatches=1", LONG)
+WHOLE = ("--schedule.rounds=2", "--schedule.minibatches=1", "--optimizer.clip_norm=1e6", "--gate.block=4")
 PACKED = (*WHOLE, "--schedule.rows=packed")
-
-
-def cut(rollout, length):
-    """A rollout that ends early."""
-    score = {name: None if x is None else x[:length] for name, x in vars(rollout.score).items()}
-    return dataclasses.replace(
-        rollout,
-        response_ids=rollout.response_ids[:length],
-        behaviour_logprobs=rollout.behaviour_logprobs[:length],
-        score=dataclasses.replace(rollout.score, **score),
-    )
 
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory):
-    """A run, and its scored rollouts cut to lengths of 1 to 30, as if the policy had moved since."""
-    everything = (
-        "--loss.top_k=16",
-        "--weights.members=[prune]",
-        "--log.diagnose_every=10",
-        "--loss.terms=[reference_kl]",
-        "--loss.kl_weight=1",
-    )
-    run = open_run(tmp_path_factory.mktemp("packed") / "run", tiny_config(*WHOLE, *everything))
-    for part in ("sample", "score"):
-        do_part(run, part, ignore, never)
+    """A run, and scored rollouts of 1 to 29 tokens, as if the policy had moved since they were drawn."""
+    run = open_run(tmp_path_factory.mktemp("packed") / "run", tiny_config(*WHOLE))
     rng = np.random.default_rng(0)
-    rollouts = []
-    for number, rollout in enumerate(run.scored.read(0)):
-        drift = rng.normal(0, 0.3, rollout.response_ids.shape).astype(np.float32)
-        score = dataclasses.replace(
-            rollout.score,
-            old_logprobs=rollout.score.old_logprobs - drift,
-            teacher_logprobs=rollout.score.teacher_logprobs - np.abs(drift),
-            teacher_entropy=rng.uniform(0, 1.6, drift.shape).astype(np.float32),
+    drawn = [
+        Rollout(
+            round=0,
+            problem=f"p{number // 4}",
+            sample=number,
+            prompt_ids=rng.integers(1, run.usable, 8 + number % 5).astype(np.int32),
+            response_ids=rng.integers(1, run.usable, 1 + 7 * number % 29).astype(np.int32),
+            behaviour_logprobs=np.zeros(1 + 7 * number % 29, np.float32),
+            truncated=False,
+            reward=float(number % 3 == 0),
         )
-        moved = dataclasses.replace(rollout, score=score, reward=float(number % 3 == 0))
-        rollouts.append(cut(moved, 1 + (7 * number) % 30))
-    return run, rollouts
+        for number in range(16)
+    ]
+    rows = rows_of(drawn, run.width)
+    cur = gather(make_scorer(run.model, temperature=1.0)(run.base, rows), rows.mask)
+
+    def score(cur):
+        noise = lambda *k: rng.normal(0, 0.3, (len(cur), *k)).astype(np.float32)  # noqa: E731
+        ids = lambda k: np.array([rng.permutation(run.usable)[:k] for _ in cur], np.int32)  # noqa: E731
+        nats = lambda k: np.sort(-2 - np.abs(noise(k)))[:, ::-1] - np.float32(np.log(k))  # noqa: E731
+        return Score(
+            old_logprobs=cur - noise(),
+            teacher_logprobs=cur + np.abs(noise()),
+            teacher_entropy=np.abs(noise()),
+            teacher_topk_ids=ids(16),
+            teacher_topk_logprobs=nats(16),
+            teacher_outside_mass=np.abs(noise()),
+            again_logprobs=cur - noise(),
+            reference_logprobs=cur - noise(),
+            student_topk_ids=ids(16),
+            student_topk_logprobs=nats(16),
+            student_topk_teacher_logprobs=nats(16),
+        )
+
+    return run, [dataclasses.replace(x, score=score(c)) for x, c in zip(drawn, cur, strict=True)]
 
 
+def both(run, rollouts, rows=None):
+    """The rollouts in rows of their own, packed into a number of rows, and which lies where."""
+    order, counts = pack(
+        lengths_of(*zip(*((r.prompt_ids, r.response_ids) for r in rollouts), strict=True)), run.width, rows
+    )
+    assert max(counts) > 2
+    packed = batch_of([rollouts[i] for i in order], run.width, counts=counts, staleness=1)
+    return batch_of(rollouts, run.width, staleness=1), packed, order
+
+
+def same_tokens(got, want, packed, padded, order, **tolerance):
+    """Assert that every token has the value that it has in a row of its own."""
+    ours = gather(got, packed.rows.mask, packed.rows.sequence_ids)
+    theirs = gather(want, padded.rows.mask)
+    for place, index in enumerate(order):
+        np.testing.assert_allclose(ours[place], theirs[index], err_msg=f"rollout {index}", **tolerance)
+
+
+def same_borders(got, want, packed, padded, order):
+    first = lambda x: x - np.maximum(np.where(x < 0, np.inf, x).min(), 0)  # noqa: E731
+    ours = gather(got, packed.rows.mask, packed.rows.sequence_ids)
+    theirs = gather(want, padded.rows.mask)
+    for place, index in enumerate(order):
+        np.testing.assert_array_equal(first(ours[place]), first(theirs[index]))
+    last = [x.max() for x in ours]
+    for place in range(1, len(order)):  # in one row a neighbour's segments are others
+        if ours[place].min() > 0:
+            assert ours[place].min() == last[place - 1] + 1
+
+
+def test_a_packed_step_is_the_padded_one(ragged):
+    """The step that trains: fewer rows, and those in micro-batches."""
+    run, rollouts = ragged
+    parted = tiny_config(*PACKED, "--schedule.microbatches=2")
+    rows = len(layout(parted, np.arange(16), rollouts, run.width).counts)
+    assert rows < 12
+    padded, packed, order = both(run, rollouts, rows)
+
+    def step(batch, config):
+        stepping = Run(run.folder, config)
+        state = init_state(jax.tree.map(jnp.copy, run.base), run.optimizer)
+        with jax.set_mesh(run.mesh):
+            state, readings = stepping.train_step(state, batch, {})
+        # AdamW's first moment after one step is the gradient, times 1 - b1.
+        states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        return next(x.mu for x in states if hasattr(x, "mu")), readings
+
+    want_gradient, want = step(padded, run.config)
+    gradient, got = step(packed, parted)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+        assert float(jnp.abs(b).max()) > 1e-6
+    for name, (total, count) in want.sums.items():
+        told = [float(x) for x in got.sums[name]]
+        np.testing.assert_allclose(told, [total, count], rtol=1e-5, atol=1e-5, err_msg=name)
+    for name, bins in want.histograms.items():
+        assert np.abs(np.asarray(got.histograms[name]) - bins).sum() <= 2  # one on an edge, by rounding
+    same_tokens(got.weights, want.weights, packed, padded, order, rtol=1e-4)
+    same_borders(np.asarray(got.segments), np.asarray(want.segments), packed, padded, order)
+    assert float(np.std(np.asarray(want.weights)[padded.rows.mask])) > 1e-2
+
+
+# Losses, weights, segments and scopes that look beyond a token. What is drawn at random (shuffled, random,
+# trust_region) has other draws in other rows, and is left out.
 KINDS = {
-    "drift gate": ("--gate.block=4", "--gate.tau=2"),
-    "means by sequence": (
+    "blocks": ("--gate.block=4", "--gate.target_ratio=0.8", "--loss.kind=student_topk"),
+    "lines": (
+        "--gate.segments=newline",
+        "--gate.span_minimum=2",
+        "--gate.span_chunk=3",
+        "--gate.control=position_mean",
+    ),
+    "cusum": (
         "--gate.segments=cusum",
         "--gate.span_minimum=2",
+        "--gate.cusum_limit=1",
         "--gate.scope=sequence",
+    ),
+    "sequences": (
+        "--gate.segments=sequence",
         "--loss.reduction=seq_mean_token_mean",
+        "--gate.control=disagreement",
+    ),
+    "family": (
+        "--gate.segments=token",
+        "--weights.members=[prune,tip,fire_opd,iw_opd]",
+        "--loss.kind=teacher_topk_tail",
+    ),
+    "groups": (
         "--weights.members=[scope_opd,f_opd,popd]",
         "--weights.f_opd_rate=1",
         "--weights.f_opd_threshold=0.1",
         "--weights.popd_start=12",
         "--weights.popd_growth=0",
         "--weights.popd_every=1",
-    ),
-    "family": (
-        "--gate.segments=newline",
-        "--gate.span_minimum=2",
-        "--gate.control=position_mean",
-        "--weights.members=[prune,tip,fire_opd,iw_opd]",
-        "--loss.kind=teacher_topk_tail",
+        "--loss.kind=scope",
+        "--loss.terms=[entropy_aware,reference_kl]",
+        "--loss.kl_weight=0.1",
     ),
 }
 
 
-def updated(run, config, batch):
-    """The clipped gradient, as AdamW's first moment holds it after one step, and the readings."""
-    stepping = Run(run.folder, config)
-    state = init_state(jax.tree.map(jnp.copy, run.base), run.optimizer)
-    with jax.set_mesh(run.mesh):
-        state, readings = stepping.train_step(state, batch, {})
-    moments = [
-        x.mu for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")
-    ]
-    return moments[0], readings
+@pytest.fixture(scope="module")
+def fields(ragged):
+    """What a step reads of the rollouts in rows of their own, and packed; one program, with empty rows."""
+    run, rollouts = ragged
+    *batches, order = both(run, rollouts, rows=len(rollouts))
+    config, newline = tiny_config("--gate.segments=none"), jnp.zeros(run.model.vocab_size, bool)
+    read = jax.jit(lambda params, batch: read_fields(params, batch, config, run.model, newline, {}))
+    told = [read(run.base, batch) | {"step": jnp.asarray(3)} for batch in batches]
+    return batches, told, order
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_update_is_the_padded_one(ragged, kind):
-    run, rollouts = ragged
-    count = 2 if kind == "drift gate" else 1  # packed rows in micro-batches too
-    settings = ("--optimizer.clip_norm=1e6", *KINDS[kind])
-    padded = batch_of(rollouts, run.width, staleness=1)
-    config = tiny_config(*PACKED, f"--schedule.microbatches={count}", *settings)
-    order, counts = layout(config, np.arange(len(rollouts)), rollouts, run.width)
-    assert len(counts) < len(rollouts)
-    assert max(counts) > 2
-    packed = batch_of([rollouts[i] for i in order], run.width, counts=counts, staleness=1)
+def test_no_loss_weight_or_segment_sees_a_neighbour(fields, kind):
+    (padded, packed), told, order = fields
+    config = tiny_config(*KINDS[kind])
+    newline = jnp.arange(64) % 5 == 0
+    found = []
+    for batch, read in zip((padded, packed), told, strict=True):
+        d = jnp.where(batch.rows.mask, read["cur"] - read["old"], 0.0)
+        read = {**read, "segments": SEGMENTS[config.gate.segments](batch.rows, config.gate, newline, d)}
 
-    want_gradient, want = updated(run, tiny_config(*WHOLE, *settings), padded)
-    gradient, got = updated(run, config, packed)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
-    for name, (total, of) in want.sums.items():
-        told = [float(x) for x in got.sums[name]]
-        np.testing.assert_allclose(told, [total, of], rtol=2e-5, atol=1e-5, err_msg=name)
-    for name, counts in want.histograms.items():
-        assert np.abs(np.asarray(got.histograms[name]) - counts).sum() <= 2  # one on an edge, by rounding
-    # Token by token: weights and segment borders are those that the rollout has in a row of its own.
-    for name in ("weights", "segments"):
-        theirs = gather(getattr(want, name), padded.rows.mask)
-        ours = gather(getattr(got, name), packed.rows.mask, packed.rows.sequence_ids)
-        for place, index in enumerate(order):
-            a, b = ours[place], theirs[index]
-            if name == "segments":
-                a, b = a - a.min(), b - b.min()
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=f"{name} of {index}")
-    assert float(np.std(np.asarray(want.weights)[padded.rows.mask])) > 1e-2
+        def value(cur, read=read):
+            read = {**read, "cur": cur}
+            arrays = (read[name] for name in ("cur", "old", "mask"))
+            options = gate_options(config, read)
+            result = objective(
+                *arrays, base_loss(config, read), read["segments"], reduction=config.loss.reduction, **options
+            )
+            return result.loss, (result.weights, read["segments"])
+
+        (loss, (weights, segments)), gradient = jax.value_and_grad(value, has_aux=True)(read["cur"])
+        found.append((loss, weights, gradient, np.asarray(segments)))
+    (want, *theirs, their_segments), (got, *ours, our_segments) = found
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        same_tokens(a, b, packed, padded, order, rtol=1e-4, atol=1e-6)
+    same_borders(our_segments, their_segments, packed, padded, order)
+    assert float(np.std(np.asarray(theirs[0])[padded.rows.mask])) > 1e-2
 
 
-def test_a_packed_run_starts_every_round_without_drift_and_trains_as_a_padded_one(tmp_path):
-    lines, runs = {}, {}
-    for rows in ("padded", "packed"):
-        config = tiny_config(f"--schedule.rows={rows}", LONG, "--log.diagnose_every=3", "--log.rows=3")
-        run = runs[rows] = open_run(tmp_path / rows, config)
-        distill(run, ignore, never)
-        lines[rows] = read_lines(run.metrics_file)
-    for line, want in zip(lines["packed"], lines["padded"], strict=True):
-        assert line["tokens"] == want["tokens"]
-        if line["pass"] == line["minibatch"] == 0:
+def test_a_packed_round_starts_without_drift(ragged, tmp_path):
+    """Two rounds of the same rollouts, by way of the store."""
+    config = tiny_config(*PACKED, "--schedule.microbatches=2", "--log.rows=3")
+    run = open_run(tmp_path / "run", config)
+    drawn = [dataclasses.replace(rollout, score=None) for rollout in ragged[1]]
+    for round_ in (0, 1):
+        run.rollouts.append([dataclasses.replace(rollout, round=round_) for rollout in drawn])
+        policy = params_digest(run.state.params)
+        run.rollouts.seal(round_, update=int(run.state.update), policy=policy)
+        for part in ("score", "train"):
+            do_part(run, part, ignore, never)
+    lines = read_lines(run.metrics_file)
+    assert [line["update"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert line["tokens"] == sum(len(rollout.response_ids) for rollout in drawn)
+        if line["pass"] == 0:
             assert line["drift_max"] == 0.0
             assert line["weight_min"] == line["weight_max"] == 1.0
         else:
             assert line["drift_max"] > 1e-4
-    for name in ("loss", "gradient_norm", "entropy"):
-        first, want = lines["packed"][0][name], lines["padded"][0][name]
-        assert first == pytest.approx(want, rel=1e-4, abs=1e-6), name
-    packed, padded = (runs[rows].scored.read(0) for rows in ("packed", "padded"))
-    for a, b in zip(packed, padded, strict=True):
-        for name in ("old_logprobs", "again_logprobs", "teacher_logprobs", "teacher_topk_logprobs"):
-            np.testing.assert_allclose(getattr(a.score, name), getattr(b.score, name), atol=2e-5)
-    _, counts = layout(config, minibatch_plan(config, 0)[0], packed, run.width)
-    assert max(counts) > 1
-    # The token view shows the same rollouts, each with its own segments from 0.
-    tables = [pq.read_table(next((runs[rows].folder / "tokens").iterdir())).to_pylist() for rows in runs]
-    for a, b in zip(*tables, strict=True):
-        assert a["response_ids"] == b["response_ids"]
-        assert a["segments"] == b["segments"]
-        assert len(a["drift"]) == len(a["response_ids"])
-        np.testing.assert_allclose(a["weights"], b["weights"], atol=0.1)
+    # Scores are those that rows of their own give: that policy's, which the first of these is.
+    rows = rows_of(drawn, run.width)
+    old = gather(make_scorer(run.model, temperature=1.0)(ragged[0].base, rows), rows.mask)
+    for rollout, want in zip(run.scored.read(0), old, strict=True):
+        np.testing.assert_allclose(rollout.score.old_logprobs, want, atol=2e-5)
+    # The token view shows the rollouts that it would show of padded rows, each with segments of its own.
+    [first, _] = sorted((run.folder / "tokens").iterdir())
+    for row, index in zip(pq.read_table(first).to_pylist(), minibatch_plan(config, 0)[0][:3], strict=True):
+        length = len(drawn[index].response_ids)
+        assert row["response_ids"] == drawn[index].response_ids.tolist()
+        assert row["segments"] == [t // 4 for t in range(length)]
+        assert len(row["drift"]) == len(row["weights"]) == length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(), ("--mesh.data=2",)])
+def test_a_packed_run_is_a_run(tmp_path, mesh):
+    # Rows that hold two answers and more: the lab's have some thirty tokens.
+    long = ("--sampling.max_response=90", "--schedule.rounds=2", "--log.diagnose_every=3", "--log.rows=3")
+    config = tiny_config(*long, "--schedule.rows=packed", "--schedule.microbatches=2", *mesh)
+    run = open_run(tmp_path / "run", config)
+    distill(run, ignore, never)
+    rollouts = run.scored.read(1)
+    assert max(layout(config, minibatch_plan(config, 1)[0], rollouts, run.width).counts) > 1
+    lines = read_lines(run.metrics_file)
+    for line in lines:
+        first = line["pass"] == line["minibatch"] == 0
+        assert (line["drift_max"] == 0.0) == first
+    assert 0 < lines[3]["diagnosis"]["null_drift_max"] < 1e-4 < lines[3]["drift_max"]
+    assert run.scored.shard(1)["null_drift"]["max"] < 1e-4
 
 
 def test_what_is_computed_together_is_what_the_step_splits(ragged):
