@@ -197,6 +197,7 @@ class ScheduleConfig:
     passes: int = 2  # over each round's rollouts
     minibatches: int = 1  # updates a pass
     microbatches: int = 1  # parts an update is computed in, to save memory; the value stays the same
+    rows: Literal["padded", "packed"] = "padded"  # one rollout to a row of a minibatch, or as many as fit
     staleness: int = 0  # rounds between drawing rollouts and training on them
 
     @property

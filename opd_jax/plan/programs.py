@@ -82,6 +82,7 @@ def compile_programs(
 
     sampling, schedule = config.sampling, config.schedule
     width = row_width(sampling, mesh.devices.flat[0].platform)
+    # With schedule.rows: packed this is the most that there can be, when no two rollouts fit in a row.
     rows = sampling.prompts * sampling.samples // schedule.minibatches // schedule.microbatches
     temperature = sampling.temperature
     sampler = make_sampler(

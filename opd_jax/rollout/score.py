@@ -78,12 +78,13 @@ def check_rollouts(rollouts: Sequence[Rollout], vocabularies: dict[str, int]) ->
                 )
 
 
-def rows_of(rollouts: Sequence[Rollout], width: int) -> Rows:
-    """Lay rollouts out as rows, in the order given."""
+def rows_of(rollouts: Sequence[Rollout], width: int, counts: np.ndarray | None = None) -> Rows:
+    """Lay rollouts out as rows, in the order given; ``counts`` of them share each row, one by default."""
     return make_rows(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.response_ids for rollout in rollouts],
         width,
+        counts,
     )
 
 
@@ -102,18 +103,18 @@ def attach(rollouts: Sequence[Rollout], rows: Rows, columns: Mapping[str, Any]) 
     """Rollouts with the scores of their rows.
 
     Args:
-      rollouts: B of them.
-      rows: their rows, ``[B, T]``.
+      rollouts: in the order of their rows.
+      rows: ``[B, T]``, of one rollout or several each.
       columns: of `Score` by name, ``[B, T]`` or ``[B, T, K]``; what the K leave out is added.
     """
     # What the K leave out; -expm1(log mass) keeps the digits of a small remainder.
     logprobs = jnp.asarray(columns["teacher_topk_logprobs"])
     outside = np.maximum(-np.expm1(jax.nn.logsumexp(logprobs, axis=-1)), 0.0)
     columns = {**columns, "teacher_outside_mass": outside}
-    by_row = {name: gather(values, rows.mask) for name, values in columns.items()}
+    each = {name: gather(values, rows.mask, rows.sequence_ids) for name, values in columns.items()}
     return [
-        dataclasses.replace(rollout, score=Score(**{name: values[row] for name, values in by_row.items()}))
-        for row, rollout in enumerate(rollouts)
+        dataclasses.replace(rollout, score=Score(**{name: values[index] for name, values in each.items()}))
+        for index, rollout in enumerate(rollouts)
     ]
 
 
@@ -121,11 +122,13 @@ def batch_of(
     rollouts: Sequence[Rollout],
     width: int,
     *,
+    counts: np.ndarray | None = None,
     staleness: int = 0,
     old_source: Literal["trainer", "sampler"] = "trainer",
 ) -> Batch:
     """One minibatch of the gated step from scored rollouts, as NumPy arrays ``[B, width]``.
 
+    ``counts`` says how many of the rollouts, in the order given, share each row; one each by default.
     ``staleness`` is in rounds. ``old_source`` says whose log-probs of the behaviour policy drift is
     measured against. With the sampler's, the rounding between two engines is part of the drift from the
     first update on.
@@ -133,7 +136,7 @@ def batch_of(
     Raises:
       InputError: a rollout has not been scored.
     """
-    rows = rows_of(rollouts, width)
+    rows = rows_of(rollouts, width, counts)
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
     if len(scores) != len(rollouts):
         raise InputError(
@@ -145,8 +148,12 @@ def batch_of(
         values = [getattr(score, name) for score in scores]
         return None if values[0] is None else spread(values, rows.mask)
 
+    before = np.arange(len(rollouts)) if counts is None else np.cumsum(counts) - counts
+    inside = rows.sequence_ids > 0
+    which = np.where(inside, before[:, None] + rows.sequence_ids - 1, 0)  # rollout of each position
+
     def of_sequence(values: Any, dtype: Any) -> np.ndarray:
-        return np.broadcast_to(np.asarray(values, dtype)[:, None], rows.mask.shape)
+        return np.where(inside, np.asarray(values, dtype)[which], dtype(0))
 
     _, group = np.unique([rollout.problem for rollout in rollouts], return_inverse=True)
     sampler = old_source == "sampler"

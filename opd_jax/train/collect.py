@@ -18,7 +18,7 @@ from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
 from opd_jax.rollout.engine import Request, in_order
-from opd_jax.rollout.rows import gather, spread
+from opd_jax.rollout.rows import Packing, gather, spread
 from opd_jax.rollout.score import (
     Scorer,
     attach,
@@ -37,6 +37,7 @@ from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups, wanted_extras
 from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
+from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
 
@@ -167,12 +168,14 @@ def score_round(run: Run, stop: Stop) -> None:
         extras.add("again")  # for the null reading, which is left out where a round lacks it
     if config.store.teacher_hidden:
         extras.add("teacher_hidden")
-    parts = parts_of_round(config, round_)
-    rows = [rows_of([rollouts[index] for index in chosen], run.width) for chosen in parts]
+    parts = parts_of_round(config, round_, rollouts, run.width)
+    rows = [
+        rows_of([rollouts[index] for index in chosen], run.width, counts=counts) for chosen, counts in parts
+    ]
     made_of = {
         "about": run.scored.about,
         "rollouts": [shard["sha256"] for shard in told["shards"]],
-        "parts": [chosen.tolist() for chosen in parts],
+        "parts": [[part.tolist() for part in pair] for pair in parts],
         "extras": sorted(extras),
         "student_k": config.loss.student_k,
     }
@@ -194,7 +197,7 @@ def score_round(run: Run, stop: Stop) -> None:
                         work.keep(f"{stage}-{index:05d}", piece)
                 known |= {name: spread([values], part.mask) for name, values in piece.items()}
         if is_first():
-            _store_scores(run, round_, rollouts, rows, columns, extras)
+            _store_scores(run, round_, rollouts, parts, rows, columns, extras)
             clear_work(place, round_)
     wait_for_all(f"scored {round_}")
 
@@ -216,6 +219,7 @@ def _store_scores(
     run: Run,
     round_: int,
     rollouts: Sequence[Rollout],
+    parts: Sequence[Packing],
     rows: Sequence[Rows],
     columns: Sequence[dict[str, Any]],
     extras: Collection[str],
@@ -223,9 +227,10 @@ def _store_scores(
     """Write the scored rollouts of a round, and seal it."""
     scored: dict[int, Rollout] = {}
     alike: dict[int, np.ndarray] = {}
-    for chosen, part, known in zip(parts_of_round(run.config, round_), rows, columns, strict=True):
+    for (chosen, _), part, known in zip(parts, rows, columns, strict=True):
         if "alike" in known:
-            alike.update(zip(chosen.tolist(), gather(known.pop("alike"), part.mask), strict=True))
+            each = gather(known.pop("alike"), part.mask, part.sequence_ids)
+            alike.update(zip(chosen.tolist(), each, strict=True))
         rounded = attach([rollouts[index] for index in chosen], part, known)
         scored.update(zip(chosen.tolist(), rounded, strict=True))
     in_order = [scored[index] for index in range(len(rollouts))]
@@ -297,10 +302,13 @@ def _usable(run: Run) -> int:
     return min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
 
 
-def parts_of_round(config: Config, round_: int) -> list[np.ndarray]:
+def parts_of_round(config: Config, round_: int, rollouts: Sequence[Rollout], width: int) -> list[Packing]:
     """Which rollouts are computed together, in scoring as in training: the micro-batches of a round."""
-    count = config.schedule.microbatches
-    return [chosen[part::count] for chosen in minibatch_plan(config, round_) for part in range(count)]
+    return [
+        part
+        for chosen in minibatch_plan(config, round_)
+        for part in parts_of(layout(config, chosen, rollouts, width), config.schedule.microbatches)
+    ]
 
 
 def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:

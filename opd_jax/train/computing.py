@@ -46,7 +46,7 @@ def kernel_of(model: Qwen3Config, config: Config, mesh: Mesh) -> KernelChoice:
         dtype=config.model.compute_dtype,
         length=row_width(config.sampling, device.platform),
         head_dim=model.head_dim,
-        packed=False,  # a row holds one rollout
+        packed=config.schedule.rows == "packed",
         compute_capability=getattr(device, "compute_capability", None),
     )
 

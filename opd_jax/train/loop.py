@@ -30,6 +30,7 @@ from opd_jax.tasks import TOKENIZER_FILES, vocabulary
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round, score_round
 from opd_jax.train.diagnose import diagnosis
+from opd_jax.train.layout import layout
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
 from opd_jax.train.run import Run
@@ -130,8 +131,14 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
             raise Interrupted
         position = update % schedule.updates_per_round
         pass_, minibatch = divmod(position, schedule.minibatches)
-        members = [rollouts[index] for index in plan[minibatch]]
-        batch = batch_of(members, run.width, staleness=staleness, old_source=config.loss.old_source)
+        order, counts = layout(config, plan[minibatch], rollouts, run.width)
+        batch = batch_of(
+            [rollouts[index] for index in order],
+            run.width,
+            counts=counts,
+            staleness=staleness,
+            old_source=config.loss.old_source,
+        )
         counted = dataclasses.replace(batch, rows=counted_rows(run, batch.rows))
         placed = on_mesh(counted, run.mesh)
         line: dict[str, Any] = {"update": update, "round": round_, "pass": pass_, "minibatch": minibatch}
@@ -147,7 +154,8 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     keep = config.log.rows
     if keep and is_first():
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
-        write_tokens(path, members[:keep], batch.rows.mask, readings)
+        kept = {int(np.flatnonzero(order == index)[0]): rollouts[index] for index in plan[minibatch][:keep]}
+        write_tokens(path, kept, batch.rows, readings)
     run.checkpoints.save(run.state)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 from opd_jax.errors import InputError
 from opd_jax.files import read_text, replacing, write_text
 from opd_jax.method import readings as figures
+from opd_jax.rollout.rows import gather
 from opd_jax.rollout.store import Rollout
 from opd_jax.train.gradient import Readings
+from opd_jax.types import Rows
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,9 +89,17 @@ def as_line(readings: Readings) -> dict[str, Any]:
     return line
 
 
-def write_tokens(path: Path, rollouts: Sequence[Rollout], mask: np.ndarray, readings: Readings) -> None:
-    """Keep drift, weight and segment of every response token of a few rollouts, for the report."""
+def write_tokens(path: Path, kept: Mapping[int, Rollout], rows: Rows, readings: Readings) -> None:
+    """Keep drift, weight and segment of every response token of a few rollouts, for the report.
+
+    Args:
+      path: the file.
+      kept: rollouts by their place in the rows, counted row by row from left to right.
+      rows: ``[B, T]`` of the whole minibatch.
+      readings: of an update on them.
+    """
     path.parent.mkdir(exist_ok=True)
+    rollouts = kept.values()
     columns: dict[str, list[Any]] = {
         "round": [rollout.round for rollout in rollouts],
         "problem": [rollout.problem for rollout in rollouts],
@@ -97,9 +107,11 @@ def write_tokens(path: Path, rollouts: Sequence[Rollout], mask: np.ndarray, read
         "reward": [rollout.reward for rollout in rollouts],
         "response_ids": [rollout.response_ids.tolist() for rollout in rollouts],
     }
-    rows = range(len(rollouts))
     for name in ("drift", "weights", "segments"):
-        values = np.asarray(getattr(readings, name))
-        columns[name] = [values[row][mask[row]].tolist() for row in rows]
+        values = gather(np.asarray(getattr(readings, name)), rows.mask, rows.sequence_ids)
+        each = [values[place] for place in kept]
+        if name == "segments":  # numbered along the row, which others may share
+            each = [np.where(x < 0, -1, x - min(x[x >= 0], default=0)) for x in each]
+        columns[name] = [x.tolist() for x in each]
     with replacing(path) as temporary:
         pq.write_table(pa.table(columns), temporary)

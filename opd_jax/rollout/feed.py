@@ -1,0 +1,199 @@
+"""Rollouts from disk in shuffled packed batches, of a store that is larger than memory.
+
+The order is a function of the seed alone, and a position in it is a few numbers: saved beside a training
+state, it lets a feed go on with the very next batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from opd_jax.errors import InputError
+from opd_jax.keys import derived_seed
+from opd_jax.rollout.rows import Packing, lengths_of, pack
+from opd_jax.rollout.source import RolloutSource
+from opd_jax.rollout.store import Rollout
+
+Put = Callable[[Any, int], Packing]  # of lengths and a width
+
+
+class Fed(NamedTuple):
+    """One batch, and what lies in it."""
+
+    numbers: np.ndarray  # [n] int: rollouts of the source, row by row from left to right
+    counts: np.ndarray  # [B] int: how many of them each row holds
+    width: int  # T
+    batch: Any  # what was made of them
+
+
+class _Pile(NamedTuple):
+    """A batch before it is made."""
+
+    numbers: list[int]
+    rollouts: list[Rollout]
+    counts: np.ndarray
+    width: int
+
+
+def packed_batches(
+    source: RolloutSource,
+    make: Callable[..., Any],
+    *,
+    seed: int,
+    rows: int,
+    widths: Sequence[int],
+    window: int = 512,
+    epochs: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    threads: int = 2,
+    put: Put = pack,
+) -> grain.IterDataset:
+    """All rollouts of a source in shuffled batches of packed rows.
+
+    Every epoch has an order of its own, of which a host reads every ``hosts``-th rollout. Rollouts are
+    packed within windows of that order, each into rows of the narrowest width that holds it, and the
+    batches of a window come shuffled. The last rows of a window may be empty.
+
+    The iterator's ``get_state`` is a JSON value; ``set_state`` with it, in another process too, goes on with
+    the batch that would have come next. Give the dataset to `grain.experimental.ThreadPrefetchIterDataset`
+    to make batches beside what uses them.
+
+    Args:
+      source: of the rollouts; the same for every host.
+      make: ``make(rollouts, width, counts=counts)``, for example `opd_jax.rollout.score.batch_of`, or
+        `rows_of` for rollouts without scores.
+      seed: of the order.
+      rows: B of a batch of the widest rows; one of narrower rows has as many more as fit in its place.
+      widths: T, one program each for what uses the batches.
+      window: rollouts that are packed together; up to ``threads + 1`` windows are in memory.
+      epochs: passes over the source; endless by default, since hosts may come to an end a batch apart.
+      host, hosts: which part of the order is read: `jax.process_index` of `jax.process_count`.
+      threads: that read windows ahead; 0 for none.
+      put: which rollouts share a row; `opd_jax.rollout.rows.one_each` where none may.
+
+    Returns:
+      A `grain.IterDataset` of `Fed`.
+
+    Raises:
+      InputError: there is nothing to read; later, a rollout is longer than the widest rows, a shard cannot be
+        read, or a state is of another feed.
+    """
+    if not 0 <= host < hosts or len(source) < hosts:
+        raise InputError(
+            f"every host must have rollouts to read: host {host} of {hosts}, {len(source)} rollouts; count "
+            "hosts from 0, and name shards that hold rollouts"
+        )
+    widths = sorted(widths)
+    about = {
+        "seed": seed,
+        "shards": _digest(source),
+        "rows": rows,
+        "widths": widths,
+        "window": window,
+        "host": host,
+        "hosts": hosts,
+        "put": put.__name__,
+    }
+
+    def piles(index: int, numbers: np.ndarray) -> list[_Pile]:
+        order = np.random.default_rng(derived_seed(seed, "window", index))
+        return _piles(source, [int(number) for number in numbers], rows, widths, put, order)
+
+    order = grain.MapDataset.range(len(source)).shuffle(seed=derived_seed(seed, "feed"))
+    windows = order[host::hosts].repeat(epochs).batch(window, batch_fn=np.asarray).map_with_index(piles)
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return _Feed(windows.to_iter_dataset(ahead), make, about)
+
+
+def _piles(
+    source: RolloutSource,
+    numbers: list[int],
+    rows: int,
+    widths: list[int],
+    put: Put,
+    order: np.random.Generator,
+) -> list[_Pile]:
+    """The batches of a window."""
+    rollouts = [source[number] for number in numbers]
+    lengths = lengths_of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    bucket = np.searchsorted(widths, lengths)
+    for index in np.flatnonzero(bucket == len(widths)):
+        raise InputError(
+            f"a rollout must fit in a row: rollout {numbers[index]} takes {lengths[index]} positions, the "
+            f"widest rows have {widths[-1]}; add a width"
+        )
+    found = []
+    for width in widths:
+        members = np.flatnonzero(bucket == widths.index(width))
+        packing = put(lengths[members], width)
+        held = np.split(members[packing.order], np.cumsum(packing.counts)[:-1])
+        held = [held[row] for row in order.permutation(len(held))] if len(members) else []
+        count = rows * (widths[-1] // width)
+        for at in range(0, len(held), count):
+            batch = held[at : at + count]
+            counts = [len(row) for row in batch] + [0] * (count - len(batch))
+            inside = np.concatenate(batch)
+            found.append(
+                _Pile([numbers[i] for i in inside], [rollouts[i] for i in inside], np.array(counts), width)
+            )
+    return [found[index] for index in order.permutation(len(found))]
+
+
+def _digest(source: RolloutSource) -> str:
+    shards = json.dumps([[file.name, rows] for file, rows in source.shards])
+    return hashlib.sha256(shards.encode()).hexdigest()[:16]
+
+
+class _Feed(grain.IterDataset):
+    """Batches out of windows, one at a time."""
+
+    def __init__(self, windows: grain.IterDataset, make: Callable[..., Any], about: dict[str, Any]) -> None:
+        super().__init__(windows)
+        self._make, self._about = make, about
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _FeedIterator(iter(self._parent), self._make, self._about)
+
+
+class _FeedIterator(grain.DatasetIterator):
+    def __init__(self, windows: Any, make: Callable[..., Any], about: dict[str, Any]) -> None:
+        super().__init__(windows)
+        self._make, self._about = make, about
+        self._window, self._done = self._parent.get_state(), 0  # state before the window; its batches done
+        self._piles: list[_Pile | None] = []
+
+    def __next__(self) -> Fed:
+        while self._done == len(self._piles):
+            before = self._parent.get_state()
+            self._piles = next(self._parent)
+            self._window, self._done = before, 0
+        pile = self._piles[self._done]
+        assert pile is not None
+        self._piles[self._done] = None  # its rollouts are in memory no longer than they are needed
+        self._done += 1
+        batch = self._make(pile.rollouts, pile.width, counts=pile.counts)
+        return Fed(np.array(pile.numbers), pile.counts, pile.width, batch)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"window": self._window, "batches": self._done, "of": self._about}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, value in self._about.items():
+            saved = state["of"].get(name)
+            if saved != value:
+                raise InputError(
+                    f"a position is one of the feed it was saved in: its {name} was {saved!r}, here it is "
+                    f"{value!r}; feed as before, or begin anew"
+                )
+        self._parent.set_state(state["window"])
+        self._window, self._done, self._piles = state["window"], 0, []
+        if state["batches"]:
+            self._piles = next(self._parent)
+            self._done = state["batches"]
