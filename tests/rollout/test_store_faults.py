@@ -108,6 +108,20 @@ def test_a_process_that_dies_at_any_step_loses_no_part(tmp_path, monkeypatch):
         shutil.rmtree(path)
 
 
+def test_what_a_killed_writer_left_half_written_is_swept_away(tmp_path):
+    store = RolloutStore(tmp_path, ABOUT)
+    store.append(rollouts(0)[:2])
+    store.close()
+    left = [tmp_path / ".round-00000" / ".part-00001.parquet.99.part", tmp_path / "..manifest.json.99.part"]
+    for file in left:
+        file.write_bytes(b"half")
+    same(store.pending(0), rollouts(0)[:2])
+    store.append(rollouts(0)[2:])
+    assert not any(file.exists() for file in left)
+    store.seal(0)
+    assert len(list((tmp_path / "round-00000").iterdir())) == 2
+
+
 def test_a_store_that_has_no_room_keeps_its_parts(tmp_path):
     store = RolloutStore(tmp_path, ABOUT)
     store.append(rollouts(0)[:2])
