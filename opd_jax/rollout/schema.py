@@ -70,6 +70,7 @@ _SCALARS = {
 _ROLLOUT = [field.name for field in dataclasses.fields(Rollout) if field.name != "score"]
 _SCORE = [field.name for field in dataclasses.fields(Score)]
 _HIDDEN = "teacher_hidden"
+GROUP_TOKENS = 2**16  # of the responses in one row group of a shard, about
 
 
 def check_rollout(rollout: Rollout, where: str) -> None:
@@ -108,8 +109,10 @@ def encode(rollouts: Sequence[Rollout], says: Mapping[str, Any]) -> bytes:
         if getattr(score, name) is not None:
             columns[name] = _column(name, [getattr(r.score, name) for r in rollouts])
     table = pa.table(columns).replace_schema_metadata({_STAMP: json.dumps(says, sort_keys=True)})
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     file = io.BytesIO()
-    pq.write_table(table, file)
+    # A row group is the least that can be read, and so what one rollout costs a reader that shuffles.
+    pq.write_table(table, file, row_group_size=max(1, GROUP_TOKENS * len(rollouts) // max(tokens, 1)))
     return file.getvalue()
 
 

@@ -18,7 +18,7 @@ from opd_jax.errors import InputError
 from opd_jax.rollout.store import Rollout, Score
 
 _ROLLOUT = tuple(name for name in Rollout.__dataclass_fields__ if name != "score")
-_SCORE = tuple(Score.__dataclass_fields__)
+_SCORE = tuple(name for name in Score.__dataclass_fields__ if name != "teacher_hidden")
 
 
 class RolloutSource:
@@ -28,8 +28,9 @@ class RolloutSource:
     memory for those who read in order. Threads may share a source.
 
     Args:
-      files: the shards of a store, in the order of its manifest.
-      columns: of `Score`, those to read, all that are there by default; the others are None.
+      files: the shards of a store in the order of its manifest, as `RolloutStore.files` has them.
+      columns: of `Score`, those to read, by default all that are there but the teacher's hidden states; the
+        others are None.
       held: row groups that stay in memory.
 
     Raises:

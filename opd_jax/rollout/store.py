@@ -119,6 +119,12 @@ class RolloutStore:
         """The rounds sealed so far, in order."""
         return [entry["round"] for entry in self._manifest()["rounds"]]
 
+    @property
+    def files(self) -> list[str]:
+        """The shards of all sealed rounds, in order: what `opd_jax.rollout.source.RolloutSource` reads."""
+        entries = self._manifest()["rounds"]
+        return [f"{self.path}/{shard['file']}" for entry in entries for shard in entry["shards"]]
+
     def shard(self, round_: int) -> dict[str, Any]:
         """What the manifest says of a sealed round: ``rows``, ``tokens``, ``shards``, what `seal` was told.
 
