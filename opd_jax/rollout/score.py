@@ -101,7 +101,7 @@ def attach(rollouts: Sequence[Rollout], rows: Rows, old: Any, teacher: TopK, **e
         "teacher_outside_mass": outside,
         **extra,
     }
-    by_row = {name: gather(values, rows.mask) for name, values in columns.items()}
+    by_row = {name: gather(values, rows.mask) for name, values in columns.items() if values is not None}
     return [
         dataclasses.replace(rollout, score=Score(**{name: values[row] for name, values in by_row.items()}))
         for row, rollout in enumerate(rollouts)

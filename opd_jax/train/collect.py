@@ -12,11 +12,10 @@ import numpy as np
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
-from opd_jax.keys import derived_seed, stream
+from opd_jax.keys import derived_seed
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import is_first, wait_for_all
 from opd_jax.rollout.engine import Request
-from opd_jax.rollout.jax_engine import make_sampler, sample
 from opd_jax.rollout.score import (
     Scorer,
     attach,
@@ -31,6 +30,7 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import Problem, decode_response, encode_prompt, grade
 from opd_jax.train.choices import needs_groups, wanted_extras
+from opd_jax.train.engines import engine_of, like_with_like, teacher_by_servers
 from opd_jax.train.identity import params_digest
 from opd_jax.train.run import Run
 from opd_jax.types import Rows
@@ -70,42 +70,26 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them."""
     round_, config = len(run.rollouts.rounds), run.config
-    run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     prompts = {problem.id: encode_prompt(run.tokenizer, problem.prompt) for problem, _ in draws}
-    generated = sample(
-        make_sampler(
-            run.model,
-            slots=config.sampling.slots,
-            max_prompt=config.sampling.max_prompt,
-            max_response=config.sampling.max_response,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            usable=run.usable,
-        ),
-        run.policy,
-        [Request(prompts[problem.id], problem.key, number) for problem, number in draws],
-        stream(config.seed, "sample"),
-        slots=config.sampling.slots,
-        max_prompt=config.sampling.max_prompt,
-    )
-    rollouts = []
-    for (problem, number), drawn in zip(draws, generated, strict=True):
+    requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
+    finished: dict[int, Rollout] = {}
+    for index, drawn in engine_of(run).draw(requests):
         if stop():
             raise Interrupted
+        problem, number = draws[index]
         text = decode_response(run.tokenizer, drawn.ids)
-        rollouts.append(
-            Rollout(
-                round=round_,
-                problem=problem.id,
-                sample=number,
-                prompt_ids=prompts[problem.id],
-                response_ids=drawn.ids,
-                behaviour_logprobs=drawn.logprobs,
-                truncated=drawn.truncated,
-                reward=float(grade(text, problem.answer)),
-            )
+        finished[index] = Rollout(
+            round=round_,
+            problem=problem.id,
+            sample=number,
+            prompt_ids=prompts[problem.id],
+            response_ids=drawn.ids,
+            behaviour_logprobs=drawn.logprobs,
+            truncated=drawn.truncated,
+            reward=float(grade(text, problem.answer)),
         )
+    rollouts = [finished[index] for index in range(len(draws))]
     policy = params_digest(run.state.params)  # a sum over all devices, so all processes take part
     if is_first():
         run.rollouts.append(rollouts)
@@ -157,7 +141,10 @@ def score_round(run: Run, stop: Stop) -> None:
     if is_first():
         run.scored.append(in_order)
         run.scored.seal(
-            round_, extras=sorted(extras), mismatch=mismatch(in_order), null_drift=null_drift(in_order)
+            round_,
+            extras=sorted(extras),
+            mismatch=mismatch(like_with_like(run, in_order, parts)),
+            null_drift=null_drift(in_order),
         )
     wait_for_all(f"scored {round_}")
 
@@ -190,6 +177,8 @@ def _by_reference(run: Run, rows: Rows, extras: Collection[str], told: dict[str,
 
 def _by_teacher(run: Run, rows: Rows, extras: Collection[str], told: dict[str, Any]) -> dict[str, Any]:
     """The teacher's signal."""
+    if run.config.engine.teacher_urls:
+        return {"teacher": jax.device_get(teacher_by_servers(run, rows, usable=_usable(run)))}
     run.make_room("teacher")
     temperature, placed = run.config.sampling.temperature, on_mesh(rows, run.mesh)
     score = make_topk_scorer(

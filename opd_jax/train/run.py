@@ -8,6 +8,7 @@ checkpoints/    training states
 metrics.jsonl   one line an update; timings.jsonl has the wall-clock times
 tokens/         drift and weight of single tokens, for the report
 evaluation/     graded answers to held-out problems
+policy/         the student as servers last drew with it, where servers draw
 student/        the trained student in Hugging Face format, once the run is done
 """
 
@@ -166,7 +167,9 @@ class Run:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": self.config.seed,
-            "engine": "jax",
+            "engine": self.config.engine.kind,
+            # Elsewhere behaviour log-probs are those of the sampling temperature.
+            **({"logprob_temperature": 1} if self.config.engine.kind == "server" else {}),
         }
 
     @functools.cached_property
