@@ -88,7 +88,8 @@ class Servers:
       concurrency: requests in flight at a time, over all servers.
       timeout: seconds for a whole answer.
       attempts: at a request.
-      pause: seconds before the second attempt; doubles from one to the next, with jitter.
+      pause: seconds before the second attempt where no other server stands in, and of a server's being set
+        aside; doubles from one to the next, the former with jitter.
       prepare: done with a server before its first request, and again once it was lost: it may be another
         one since.
     """
@@ -163,7 +164,7 @@ class Servers:
         retrying = AsyncRetrying(
             sleep=lambda seconds: _nap(over, seconds),
             stop=lambda state: over.is_set() or exhausted(state),
-            wait=lambda state: max(backoff(state), _asked_to_wait(state)),
+            wait=lambda state: 0.0 if self._rested() else max(backoff(state), _asked_to_wait(state)),
             retry=retry_if_exception_type(Failure),
             reraise=True,
         )
@@ -177,18 +178,25 @@ class Servers:
 
     async def _choose(self, over: asyncio.Event) -> _Server:
         """The server with the fewest requests in flight; waits where all are set aside."""
-        while True:
-            now = time.monotonic()
-            rested = [server for server in self._fleet if server.rests_until <= now]
-            if rested or over.is_set():
-                return min(rested or self._fleet, key=lambda server: (server.load, server.served))
-            await _nap(over, min(server.rests_until for server in self._fleet) - now)
+        while not (rested := self._rested()) and not over.is_set():
+            first = min(server.rests_until for server in self._fleet)
+            await _nap(over, max(first - time.monotonic(), self._pause / 10))
+        return min(rested or self._fleet, key=lambda server: (server.load, server.served))
+
+    def _rested(self) -> list[_Server]:
+        """The servers that are not set aside; one that failed last is first tried with a single request."""
+        now = time.monotonic()
+        return [
+            server
+            for server in self._fleet
+            if server.rests_until <= now and not (server.failures and server.load)
+        ]
 
     async def _attempt(
         self, call: Call, server: _Server, lock: asyncio.Lock, client: httpx2.AsyncClient
     ) -> Any:
         """One attempt at one server."""
-        began, post = time.monotonic(), _poster(client, server.url)
+        began, post = time.monotonic(), poster(client, server.url)
         server.load += 1
         try:
             async with asyncio.timeout(self._timeout):
@@ -235,7 +243,9 @@ def _asked_to_wait(state: RetryCallState) -> float:
     return error.wait if isinstance(error, Failure) else 0.0
 
 
-def _poster(client: httpx2.AsyncClient, url: str) -> Post:
+def poster(client: httpx2.AsyncClient, url: str) -> Post:
+    """What posts to one server, once."""
+
     async def post(path: str, body: Any) -> Any:
         try:
             response = await client.post(url + path, json=body)
