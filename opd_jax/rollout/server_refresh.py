@@ -27,7 +27,6 @@ class Probe:
     expected: np.ndarray  # [P - 1] log-probs of all but the first, by the trainer, at temperature 1
     tolerance: float  # nats, of the mean |difference|
     drawn: int = 16  # further tokens, drawn to compare a server with itself
-    usable: int = 2**31 - 1  # ids from here on are vocabulary padding
 
 
 async def refresh(url: str, post: Post, folder: Path, model: str, probe: Probe) -> None:
@@ -87,7 +86,7 @@ async def prove(url: str, post: Post, model: str, probe: Probe) -> None:
     choice = choice_of(url, await post(COMPLETIONS, named(model, draw)), probe.text)
     ids, drawn = tokens_of(url, choice)
     text = [*probe.text, *ids.tolist()]
-    call = score_call(model, text, 0, first=1, usable=probe.usable)
+    call = score_call(model, text, 0, first=1, usable=0)
     told, _, _ = call.read(url, await post(call.path, call.body))
     known = len(probe.expected)
     _compare(

@@ -117,6 +117,8 @@ class Servers:
         Raises:
           InputError: a server refused, its answer is wrong, or none answered in all attempts.
         """
+        if not calls:
+            return
         found: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         with start_blocking_portal() as portal:
             future = portal.start_task_soon(self._all, calls, found)

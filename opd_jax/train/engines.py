@@ -122,7 +122,6 @@ def probe_of(run: Run) -> Probe:
         gather(jax.device_get(read), rows.mask)[0],
         tolerance=config.engine.tolerance,
         drawn=max(1, min(16, sampling.max_response - 1)),
-        usable=run.model.vocab_size,
     )
 
 
@@ -153,4 +152,11 @@ def teacher_by_servers(run: Run, rows: Rows, *, usable: int) -> TopK:
     """The teacher's signal from ``engine.teacher_urls``; its entropy stays unknown."""
     engine = run.config.engine
     servers = _servers(run, engine.teacher_urls)
-    return teacher_topk(servers, engine.teacher_model, rows, run.config.loss.top_k, usable=usable)
+    return teacher_topk(
+        servers,
+        engine.teacher_model,
+        rows,
+        run.config.loss.top_k,
+        usable=usable,
+        vocabulary=run.teacher_model.vocab_size,
+    )

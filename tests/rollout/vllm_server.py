@@ -70,10 +70,10 @@ def vllm_server(model: Path, log: Path, *flags: str) -> Iterator[str]:
 
 
 def _wait(url: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         assert server.poll() is None, log.read_text()[-3000:]
         with contextlib.suppress(httpx2.HTTPError):
             if httpx2.get(f"{url}/health").status_code == 200:
                 return
         time.sleep(0.5)
-    raise AssertionError(f"no health after 300 s: {log.read_text()[-3000:]}")
+    raise AssertionError(f"no health after 600 s: {log.read_text()[-3000:]}")
