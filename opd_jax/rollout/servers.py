@@ -119,6 +119,8 @@ class Servers:
         """
         if not calls:
             return
+        for server in self._fleet:
+            server.failures = 0
         found: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         with start_blocking_portal() as portal:
             future = portal.start_task_soon(self._all, calls, found)
@@ -138,9 +140,7 @@ class Servers:
 
             async def attempt(call: Call) -> Any:
                 server = await self._choose(over)
-                if over.is_set():
-                    raise Failure("another request failed for good")
-                return await self._attempt(call, server, locks[server.url], client)
+                return await self._attempt(call, server, locks[server.url], client, over)
 
             async def work() -> None:
                 while not errors and (one := next(waiting, None)) is not None:
@@ -165,7 +165,7 @@ class Servers:
         backoff = wait_exponential_jitter(multiplier=self._pause, max=LONGEST, jitter=self._pause)
         retrying = AsyncRetrying(
             sleep=lambda seconds: _nap(over, seconds),
-            stop=lambda state: over.is_set() or exhausted(state),
+            stop=lambda state: over.is_set() or exhausted(state) or self._all_dead(),
             wait=lambda state: 0.0 if self._rested() else max(backoff(state), _asked_to_wait(state)),
             retry=retry_if_exception_type(Failure),
             reraise=True,
@@ -194,19 +194,33 @@ class Servers:
             if server.rests_until <= now and not (server.failures and server.load)
         ]
 
+    def _all_dead(self) -> bool:
+        """Whether every server failed so often in a row, in whoever's hands."""
+        return all(server.failures >= self._attempts for server in self._fleet)
+
     async def _attempt(
-        self, call: Call, server: _Server, lock: asyncio.Lock, client: httpx2.AsyncClient
+        self,
+        call: Call,
+        server: _Server,
+        lock: asyncio.Lock,
+        client: httpx2.AsyncClient,
+        over: asyncio.Event,
     ) -> Any:
         """One attempt at one server."""
+        if over.is_set():
+            raise Failure("another request failed for good")
         began, post = time.monotonic(), poster(client, server.url)
         server.load += 1
         try:
             async with asyncio.timeout(self._timeout):
                 if self._prepare and not server.ready:
                     async with lock:
-                        if not server.ready:
+                        # What failed for good in another request's hands is not done again.
+                        if not server.ready and not over.is_set():
                             await self._prepare(server.url, post)
                             server.ready = True
+                    if not server.ready:
+                        raise Failure("another request failed for good")
                 read = call.read(server.url, await post(call.path, call.body))
         except TimeoutError:
             failure = Failure(f"{server.url} did not answer within {self._timeout:g} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -142,12 +143,12 @@ class FakeServer:
 
     def _prompt_logprobs(self, body: dict) -> list[dict]:
         entries = []
-        for previous, id_ in zip(body["prompt"], body["prompt"][1:], strict=False):
+        for previous, id_ in itertools.pairwise(body["prompt"]):
             told = likelihood(previous, self.weights)
             order = np.argsort(-told, kind="stable")
-            chosen = {int(best) for best in order[: body["prompt_logprobs"]]} | {id_}
-            ranks = {int(best): rank for rank, best in enumerate(order, start=1)}
-            entries.append({str(one): {"logprob": told[one], "rank": ranks[one]} for one in sorted(chosen)})
+            chosen = {int(best): float(told[best]) for best in order[: body["prompt_logprobs"]]}
+            chosen[id_] = float(told[id_ % VOCABULARY])  # another model's tokens have a log-prob, too
+            entries.append({str(one): {"logprob": logprob} for one, logprob in sorted(chosen.items())})
         return entries
 
 

@@ -241,6 +241,14 @@ def test_no_server_at_all_is_said_in_a_line():
     assert str(error).startswith(f"a server must answer: {url} broke off (")
 
 
+def test_many_waiting_requests_give_up_on_a_dead_server_together():
+    with FakeServer(lambda number, body: "503") as server:
+        found, error = drain(engine(server.url, concurrency=20, attempts=4).draw(requests(50)))
+    assert found == {}
+    assert "answered 503 (a 503), after 4 attempts" in str(error)
+    assert len(server.bodies) <= 20 + 3  # all at once, and then one at a time
+
+
 def test_a_server_that_comes_back_serves_again():
     with FakeServer(lambda number, body: "503" if number < 2 else None) as lame, FakeServer() as well:
         found = dict(engine(lame.url, well.url, pause=0.01, attempts=9).draw(requests(200)))
