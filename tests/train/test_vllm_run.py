@@ -1,4 +1,4 @@
-"""The road with real servers: drawn by one, scored by another, trained here, and drawn with the new weights."""
+"""The road with real servers: one draws, one scores, the run trains, and the new weights draw."""
 
 import subprocess
 import sys
