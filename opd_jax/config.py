@@ -85,6 +85,21 @@ class StoreConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What draws rollouts: the JAX sampler, or HTTP servers (`opd_jax.rollout.server`)."""
+
+    kind: Literal["jax", "server"] = "jax"
+    urls: tuple[str, ...] = ()  # of servers of the student, http://host:8000; they must see the run folder
+    model: str = ""  # the name that they serve it by; empty where they serve but one
+    teacher_urls: tuple[str, ...] = ()  # of servers that score for the teacher; without any it is scored here
+    teacher_model: str = ""
+    concurrency: int = 64  # requests in flight, over all servers
+    timeout: float = 1800.0  # seconds for a whole answer; a server that takes longer has stalled
+    attempts: int = 6  # at a request, with growing pauses between them
+    tolerance: float = 0.02  # nats: mean |difference| of a probe between server and trainer after a refresh
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The base loss of a token: `opd_jax.method.losses` and `mixed_losses`."""
 
@@ -245,6 +260,7 @@ class Config:
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

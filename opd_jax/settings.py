@@ -133,7 +133,8 @@ POSITIVE = (
     "gate.block gate.span_minimum gate.span_chunk gate.cusum_limit optimizer.learning_rate "
     "optimizer.clip_norm optimizer.eps schedule.rounds schedule.passes schedule.minibatches "
     "schedule.microbatches mesh.data mesh.fsdp mesh.tensor mesh.expert evaluation.samples "
-    "evaluation.temperature weights.popd_every weights.scope_opd_temperature weights.token_is_high"
+    "evaluation.temperature weights.popd_every weights.scope_opd_temperature weights.token_is_high "
+    "engine.concurrency engine.timeout engine.attempts engine.tolerance"
 ).split()
 NOT_NEGATIVE = (
     "seed evaluation.seed sampling.top_k evaluation.top_k gate.tau gate.eps gate.cusum_slack "
@@ -186,6 +187,7 @@ def check(config: Config) -> None:
         raise InputError(
             f"gate.clip must enclose the mean of one: got {list(gate.clip)}; use [0.5, 2], for example"
         )
+    _check_addresses(config)
     low, high = config.weights.token_is_low, config.weights.token_is_high
     if low > high:
         raise InputError(
@@ -212,6 +214,24 @@ def check(config: Config) -> None:
                 f"rows must split evenly over the mesh: {name} has {count}, mesh.data x mesh.fsdp x "
                 f"mesh.expert is {ways}; use {_what_splits(config, name, count, ways)}"
             )
+
+
+def _check_addresses(config: Config) -> None:
+    """Refuse addresses that are none, and a server engine without any."""
+    engine = config.engine
+    for name in ("urls", "teacher_urls"):
+        addresses = getattr(engine, name)
+        for url in addresses:
+            if not url.startswith(("http://", "https://")) or addresses.count(url) > 1:
+                raise InputError(
+                    f"engine.{name} must be addresses, each named once: got {url!r} among {len(addresses)}; "
+                    "write them as [http://host:8000, ...]"
+                )
+    if (engine.kind == "server") != bool(engine.urls):
+        raise InputError(
+            f"servers draw where they are asked to and have an address: engine.kind is {engine.kind} with "
+            f"{len(engine.urls)} engine.urls; set both or neither"
+        )
 
 
 def _what_splits(config: Config, name: str, count: int, ways: int) -> str:

@@ -80,6 +80,18 @@ def load_pretrained(
     return config, traverse_util.unflatten_dict({name: flat[name] for name in table})
 
 
+def check_folder(path: str | Path) -> None:
+    """Check that a folder holds all tensors of its configuration; no weight is read.
+
+    Raises:
+      InputError: it does not; the message names what is wrong.
+    """
+    folder = Path(path)
+    config = config_from_json(folder / "config.json")
+    with contextlib.ExitStack() as stack:
+        check_tensors(_open(folder, stack), parameter_table(config), folder, ignored=_ignored(config))
+
+
 def _open(folder: Path, stack: contextlib.ExitStack) -> Stored:
     """The tensors of a folder by name, none of them read yet."""
     index = folder / INDEX

@@ -82,7 +82,7 @@ class TopK:
     sampled: jax.Array  # [B, T]: log-prob of the target
     ids: jax.Array  # [B, T, K] int32, best first
     logprobs: jax.Array  # [B, T, K]: theirs; what the K leave out is the mass outside
-    entropy: jax.Array  # [B, T]
+    entropy: jax.Array | None  # [B, T]; None from a server, which does not tell
     hidden: jax.Array | None = None  # [B, T, D] bfloat16: what `opd_jax.model.forward.logits` reads
 
 

@@ -34,8 +34,15 @@ class Generated:
 class Engine(Protocol):
     """Draws responses with the policy that it was given."""
 
-    name: str  # what a store says its rollouts were drawn by
-    logprob_temperature: float  # that its log-probs are of; a server's are those of temperature 1
+    @property
+    def name(self) -> str:
+        """What a store says its rollouts were drawn by."""
+        ...
+
+    @property
+    def logprob_temperature(self) -> float:
+        """That its log-probs are of; a server's are those of temperature 1."""
+        ...
 
     def draw(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generated]]:
         """Yield ``(index of a request, what was drawn)`` for each, as they are finished, in any order."""

@@ -33,10 +33,10 @@ class Score:
 
     old_logprobs: np.ndarray  # [R] by the trainer's own computation
     teacher_logprobs: np.ndarray  # [R] of the sampled tokens
-    teacher_entropy: np.ndarray  # [R] of the teacher's whole distribution
     teacher_topk_ids: np.ndarray  # [R, K] best first
     teacher_topk_logprobs: np.ndarray  # [R, K] raw, not renormalised
     teacher_outside_mass: np.ndarray  # [R] probability the K leave out
+    teacher_entropy: np.ndarray | None = None  # [R] of its whole distribution; no server tells it
     again_logprobs: np.ndarray | None = None  # [R] `old`, read a second time by another batching
     reference_logprobs: np.ndarray | None = None  # [R] under the student before training
     student_topk_ids: np.ndarray | None = None  # [R, K] of the behaviour policy, best first

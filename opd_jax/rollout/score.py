@@ -89,14 +89,15 @@ def rows_of(rollouts: Sequence[Rollout], width: int, counts: np.ndarray | None =
 
 
 def columns_of(teacher: TopK) -> dict[str, Any]:
-    """What a teacher says, by the names of `Score`."""
+    """What a teacher says, by the names of `Score`; what it does not say is left out."""
     columns = {
         "teacher_logprobs": teacher.sampled,
         "teacher_entropy": teacher.entropy,
         "teacher_topk_ids": teacher.ids,
         "teacher_topk_logprobs": teacher.logprobs,
+        "teacher_hidden": teacher.hidden,
     }
-    return columns if teacher.hidden is None else columns | {"teacher_hidden": teacher.hidden}
+    return {name: values for name, values in columns.items() if values is not None}
 
 
 def attach(rollouts: Sequence[Rollout], rows: Rows, columns: Mapping[str, Any]) -> list[Rollout]:

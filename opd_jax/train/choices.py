@@ -233,6 +233,7 @@ def check_choices(config: Config) -> None:
     """
     bound_members(config)
     _check_gate(config)
+    _check_engine(config)
     loss, members = config.loss, config.weights.members
     holds_ratio = loss.kind in ("sampled_token", "student_topk", "sign_gated", "scope") and (
         loss.surrogate != "reinforce" or loss.kind == "scope"
@@ -264,6 +265,48 @@ def check_choices(config: Config) -> None:
 def needs_groups(config: Config) -> bool:
     """True if something asked for compares the rollouts of a problem, which then share a minibatch."""
     return any("group" in needs(member) for member in bound_members(config).values())
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse what servers cannot give: log-probs at another temperature than 1, and some of the teacher's."""
+    engine, temperature = config.engine, config.sampling.temperature
+    if engine.kind == "server" and temperature != 1 and config.loss.old_source == "sampler":
+        raise InputError(
+            f"a server's log-probs are those of temperature 1: with sampling.temperature={temperature:g} "
+            "they are no `old`; use loss.old_source=trainer"
+        )
+    if engine.kind == "server" and config.sampling.stop:
+        raise InputError(
+            "servers are asked to stop at ids alone: sampling.stop names strings; use sampling.stop_ids"
+        )
+    if not engine.teacher_urls:
+        return
+    if config.store.teacher_hidden:
+        raise InputError(
+            "a server does not tell the teacher's hidden states: drop store.teacher_hidden, or "
+            "engine.teacher_urls"
+        )
+    if config.schedule.rows == "packed":
+        raise InputError(
+            "a server scores rows of one rollout: schedule.rows is packed; use padded, or drop "
+            "engine.teacher_urls"
+        )
+    if temperature != 1:
+        raise InputError(
+            f"a server scores at temperature 1: sampling.temperature is {temperature:g}; drop "
+            "engine.teacher_urls, and the teacher is scored here"
+        )
+    untold = {
+        "the entropy of the teacher": ("teacher_entropy",),
+        "the teacher's log-probs of the student's ids": ("tea_on_support",),
+    }
+    for who, member in bound_members(config).items():
+        for what, names in untold.items():
+            if set(needs(member)) & set(names):
+                raise InputError(
+                    f"a server does not tell {what}, which {who} needs; drop engine.teacher_urls, and the "
+                    "teacher is scored here"
+                )
 
 
 def _check_gate(config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +38,7 @@ from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
+from opd_jax.train.serving import server_engine, teacher_by_servers
 from opd_jax.types import Rows
 
 Found = TypeVar("Found")
@@ -83,7 +83,6 @@ def sample_round(run: Run, stop: Stop) -> None:
     is not drawn again.
     """
     round_, config = len(run.rollouts.rounds), run.config
-    run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     # A sum over all devices, so all processes take part.
     made_by = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
@@ -91,15 +90,11 @@ def sample_round(run: Run, stop: Stop) -> None:
         stored = _found(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
         done = {(rollout.problem, rollout.sample) for rollout in stored}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
-        drawn = _drawn(run, round_, left)
-        while True:
-            if stop():
-                raise Interrupted
-            finished = list(itertools.islice(drawn, config.sampling.slots))
-            if not finished:
-                break
+        for finished in _batches(_drawn(run, round_, left), config.sampling.slots):
             if is_first():
                 run.rollouts.append(finished, **made_by)
+            if stop():
+                raise Interrupted
         if is_first():
             rollouts = run.rollouts.pending(round_, **made_by)
             run.rollouts.seal(
@@ -111,23 +106,47 @@ def sample_round(run: Run, stop: Stop) -> None:
     wait_for_all(f"sampled {round_}")
 
 
+def _batches(drawn: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
+    """Rollouts ``size`` at a time; what was finished before an engine failed comes out first."""
+    batch: list[Rollout] = []
+    try:
+        for rollout in drawn:
+            batch.append(rollout)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except InputError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
 def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Iterator[Rollout]:
-    """Graded rollouts of the present student, in the order of the draws."""
+    """Graded rollouts of the present student, as they are finished."""
+    if not draws:
+        return
     asked = {problem.id: problem.prompt for problem, _ in draws}
     prompts = {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
-    engine = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
     requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
-    generated = in_order(engine.draw(requests))
-    for (problem, number), drawn in zip(draws, generated, strict=True):
-        text = decode_response(run.tokenizer, drawn.ids)
+    if run.config.engine.kind == "server":
+        drawn = server_engine(run).draw(requests)
+    else:
+        # In order: then the files are the same whether or not a process was killed meanwhile.
+        engine = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
+        drawn = enumerate(in_order(engine.draw(requests)))
+    for index, generated in drawn:
+        problem, number = draws[index]
+        text = decode_response(run.tokenizer, generated.ids)
         yield Rollout(
             round=round_,
             problem=problem.id,
             sample=number,
             prompt_ids=prompts[problem.id],
-            response_ids=drawn.ids,
-            behaviour_logprobs=drawn.logprobs,
-            truncated=drawn.truncated,
+            response_ids=generated.ids,
+            behaviour_logprobs=generated.logprobs,
+            truncated=generated.truncated,
             reward=float(grade(text, problem.answer)),
         )
 
@@ -277,6 +296,8 @@ def _by_reference(run: Run, rows: Rows, extras: Collection[str], known: dict[str
 
 def _by_teacher(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
     """The teacher's signal."""
+    if run.config.engine.teacher_urls:
+        return jax.device_get(columns_of(teacher_by_servers(run, rows, usable=_usable(run))))
     run.make_room("teacher")
     temperature, placed = run.config.sampling.temperature, on_mesh(rows, run.mesh)
     score = make_topk_scorer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -40,7 +41,6 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
                 f"{run.usable} ids; correct it"
             )
     ends = (*read_stop_ids(folder), *sampling.stop_ids)
-    specials = special_ids(run.tokenizer, ends) if sampling.ban_special else ()
     sampler = make_sampler(
         model,
         slots=sampling.slots,
@@ -51,9 +51,19 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
         top_k=drawing.top_k,
         usable=run.usable,
         stop_ids=ends,
-        banned=(*unused_ids(run.tokenizer), *specials),
+        banned=banned_ids(run, ends),
     )
     params = {"student": lambda: run.policy, "base": lambda: run.base, "teacher": lambda: run.teacher}[who]()
     text = functools.partial(decode_response, run.tokenizer)
     find_stop = stop_finder(sampling.stop, text) if sampling.stop else None
     return JaxEngine(sampler, params, root, find_stop=find_stop)
+
+
+def banned_ids(run: Run, ends: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Ids that are never drawn: those that mean nothing, and special ones where the config says so.
+
+    ``ends`` are those that end a response, the student's by default.
+    """
+    ends = run.stop_ids if ends is None else ends
+    specials = special_ids(run.tokenizer, ends) if run.config.sampling.ban_special else ()
+    return (*unused_ids(run.tokenizer), *specials)

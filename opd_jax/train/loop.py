@@ -21,15 +21,15 @@ from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.method import special_tokens_out
-from opd_jax.model import save_pretrained
-from opd_jax.model.lora import merge_lora, save_adapter
+from opd_jax.model.lora import save_adapter
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import agreed, is_first
 from opd_jax.rollout.score import batch_of
-from opd_jax.tasks import TOKENIZER_FILES, vocabulary
+from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round, score_round
 from opd_jax.train.diagnose import diagnosis
+from opd_jax.train.export import write_policy
 from opd_jax.train.layout import layout
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
@@ -224,10 +224,7 @@ def _check_finite(run: Run, line: dict[str, Any]) -> None:
 def export_student(run: Run) -> Path:
     """Write the student as it is now, with its tokenizer, in Hugging Face format."""
     folder = run.folder / "student"
-    run.make_room("policy")
-    params = merge_lora(run.base, run.state.params, run.lora) if run.lora else run.state.params
-    beside = [run.student_folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-    save_pretrained(folder, run.model, params, beside=beside)
+    write_policy(run, folder)
     if run.lora:
         base = str(run.student_folder)
         save_adapter(run.folder / "adapter", run.model, run.state.params, run.lora, base=base)

@@ -19,9 +19,16 @@ from opd_jax.train.choices import check_choices
 from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run
 
-# Settings that may change between two sittings of a run: where it is computed, how it is judged, what is
-# logged, how long it goes on, and whose rollouts it takes.
-FREE = ("mesh.", "evaluation.", "log.", "schedule.rounds", "store.accept")
+# Settings that may change between two sittings of a run: where it is computed and sampled, how it is judged,
+# what is logged, how long it goes on, and whose rollouts it takes.
+FREE = (
+    "mesh.",
+    "evaluation.",
+    "log.",
+    "schedule.rounds",
+    "store.accept",
+    *(f"engine.{name}" for name in ("urls", "model", "concurrency", "timeout", "attempts", "tolerance")),
+)
 
 
 def open_run(folder: str | Path, config: Config | None = None) -> Run:

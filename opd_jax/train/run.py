@@ -8,6 +8,7 @@ checkpoints/    training states
 metrics.jsonl   one line an update; timings.jsonl has the wall-clock times
 tokens/         drift and weight of single tokens, for the report
 evaluation/     graded answers to held-out problems
+policy/         the student as servers last drew with it, where servers draw
 student/        the trained student in Hugging Face format, once the run is done
 """
 
@@ -173,9 +174,11 @@ class Run:
             "template": prompting_digest(self.tokenizer, self.config.problems),
             **sampling,
             "seed": self.config.seed,
-            "engine": "jax",
+            "engine": self.config.engine.kind,
             # A server's raw log-probs are those of temperature 1, whatever it sampled at.
-            "behaviour_logprob_temperature": sampling["temperature"],
+            "behaviour_logprob_temperature": 1.0
+            if self.config.engine.kind == "server"
+            else sampling["temperature"],
         }
 
     @functools.cached_property

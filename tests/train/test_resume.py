@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -56,6 +57,16 @@ def without(whole, tmp_path, *stores):
     return open_run(tmp_path / "run")
 
 
+def drawing(monkeypatch, draw):
+    """Rollouts come from ``draw(engine, requests)``."""
+    honest = collect.engine_of
+    monkeypatch.setattr(
+        collect,
+        "engine_of",
+        lambda *args: SimpleNamespace(draw=lambda requests: draw(honest(*args), requests)),
+    )
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_sampling_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, parts):
     run = without(whole, tmp_path, "rollouts", "scored")
@@ -66,14 +77,9 @@ def test_sampling_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, parts):
     assert len(run.rollouts.pending(0)) == 4 * parts
     asked = []
 
-    def counted(sampler, params, requests, *args, **options):
-        asked.append(len(requests))
-        return honest(sampler, params, requests, *args, **options)
-
-    honest = collect.sample
-    monkeypatch.setattr(collect, "sample", counted)
+    drawing(monkeypatch, lambda engine, requests: asked.append(len(requests)) or engine.draw(requests))
     do_part(open_run(run.folder), "sample", ignore, never)
-    assert asked == [16 - 4 * parts]
+    assert asked == ([16 - 4 * parts] if parts < 4 else [])
     assert files(run, "rollouts") == files(whole, "rollouts")
 
 
@@ -111,16 +117,15 @@ def test_scores_of_other_work_are_not_taken(whole, tmp_path, monkeypatch):
 def test_a_full_disk_is_said_and_costs_nothing_that_was_finished(whole, tmp_path, monkeypatch, capsys):
     run = without(whole, tmp_path, "rollouts", "scored")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    honest = collect.sample
 
-    def filling(*args, **options):
-        for index, drawn in enumerate(honest(*args, **options)):
-            if index == 8:  # no file may grow beyond this from now on
+    def filling(engine, requests):
+        for count, drawn in enumerate(sorted(engine.draw(requests))):
+            if count == 8:  # no file may grow beyond this from now on
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
             yield drawn
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "sample", filling)
+        drawing(patch, filling)
         try:
             assert main(["sample", str(run.folder)]) == 2
         finally:
@@ -166,22 +171,22 @@ def test_a_samplers_log_probs_of_another_temperature_are_compared_like_with_like
     config = tiny_config("--sampling.temperature=1.6", "--schedule.rounds=1")
     run = open_run(tmp_path / "run", config)
     vars(run)["about"] = {**run.about, "engine": "server", "behaviour_logprob_temperature": 1.0}
-    honest, read = collect.sample, jax.jit(forward, static_argnums=2)
+    read = jax.jit(forward, static_argnums=2)
 
-    def server(sampler, params, requests, *args, **options):
+    def server(engine, requests):
         """What a server gives: drawn at 1.6, log-probs at 1."""
-        for request, drawn in zip(requests, honest(sampler, params, requests, *args, **options), strict=True):
+        for index, drawn in engine.draw(requests):
+            request = requests[index]
             ids = np.concatenate([request.prompt_ids, drawn.ids])
             text = np.zeros((1, run.width + 1), np.int32)  # one shape for all
             text[0, : len(ids)] = ids
             logits = np.asarray(read(run.base, text[:, :-1], run.model), np.float64)[0]
             logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             of_ids = np.take_along_axis(logprobs, text[0, 1:, None], -1)[:, 0]
-            yield dataclasses.replace(
-                drawn, logprobs=of_ids[len(request.prompt_ids) - 1 : len(ids) - 1].astype(np.float32)
-            )
+            told = of_ids[len(request.prompt_ids) - 1 : len(ids) - 1].astype(np.float32)
+            yield index, dataclasses.replace(drawn, logprobs=told)
 
-    monkeypatch.setattr(collect, "sample", server)
+    drawing(monkeypatch, server)
     for part in ("sample", "score"):
         do_part(run, part, ignore, never)
     apart = [np.abs(r.behaviour_logprobs - r.score.old_logprobs).max() for r in run.scored.read(0)]
