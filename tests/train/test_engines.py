@@ -1,159 +1,98 @@
-"""A run whose rollouts servers draw and score: what is refused, what is stored, what is compared."""
+"""That what a config and a model's files say of sampling reaches the sampler."""
 
-import dataclasses
+import json
+import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from opd_jax.errors import InputError
 from opd_jax.keys import stream
-from opd_jax.model import load_pretrained
-from opd_jax.rollout.rows import gather
-from opd_jax.rollout.score import make_scorer, make_topk_scorer, mismatch, rows_of
-from opd_jax.train import collect
-from opd_jax.train.choices import check_choices
-from opd_jax.train.engines import engine_of
-from opd_jax.train.loop import do_part
+from opd_jax.lab import student
+from opd_jax.train import engines
 from opd_jax.train.opening import open_run
-from opd_jax.train.serving import probe_of, server_engine
 from tests.conftest import tiny_config
-from tests.rollout.fake_server import FakeServer
-from tests.train.conftest import ignore, never
 
-URL = "--engine.urls=[http://127.0.0.1:9]"
-SERVER = ("--engine.kind=server", URL)
-TEACHER = "--engine.teacher_urls=[http://127.0.0.1:9]"
+
+@pytest.fixture
+def folder(tmp_path):
+    """The lab's student with a second end of text in its generation config, as published models have."""
+    shutil.copytree(student(), tmp_path / "student")
+    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 4]}))
+    return tmp_path / "student"
+
+
+def engine_and_settings(tmp_path, monkeypatch, who, *overrides):
+    run, told = open_run(tmp_path / "run", tiny_config(*overrides)), []
+    made = engines.make_sampler
+    monkeypatch.setattr(engines, "make_sampler", lambda *a, **k: told.append((a, k)) or made(*a, **k))
+    drawing = run.config.sampling if who == "student" else run.config.evaluation
+    engine = engines.engine_of(run, who, drawing, stream(0, "sample"))
+    [((model,), settings)] = told
+    return run, engine, model, settings
+
+
+SET = (
+    "--sampling.temperature=0.6",
+    "--sampling.top_p=0.8",
+    "--sampling.top_k=3",
+    '--sampling.stop=["\\n"]',
+    "--sampling.stop_ids=[6]",
+    "--evaluation.top_k=5",
+)
+
+
+def test_of_the_student(folder, tmp_path, monkeypatch):
+    run, engine, model, settings = engine_and_settings(
+        tmp_path, monkeypatch, "student", f"--model.student={folder}", *SET
+    )
+    assert model is run.model
+    assert settings == {
+        "slots": 16,
+        "max_prompt": 16,
+        "max_response": 40,
+        "temperature": 0.6,
+        "top_p": 0.8,
+        "top_k": 3,
+        "usable": len(run.tokenizer),
+        "stop_ids": (0, 4, 6),
+        "banned": (),
+    }
+    assert run.stop_ids == (0, 4, 6)
+    assert engine.logprob_temperature == 0.6
+    ids = np.asarray(run.tokenizer("1\n2\n", add_special_tokens=False)["input_ids"])
+    assert run.tokenizer.decode(ids[: engine.find_stop(ids, 0)]) == "1\n"
+
+
+def test_of_the_teacher_by_its_own_files_and_the_evaluations_settings(folder, tmp_path, monkeypatch):
+    run, engine, model, settings = engine_and_settings(
+        tmp_path, monkeypatch, "teacher", f"--model.student={folder}", *SET
+    )
+    assert model is run.teacher_model
+    assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (1.0, 0.9, 5)
+    assert settings["stop_ids"] == (0, 6)
+    assert engine.find_stop is not None
+
+
+def test_special_tokens_are_banned_on_request_but_for_ends(tmp_path, monkeypatch):
+    # The lab's tokenizer has one special token, which ends a response.
+    monkeypatch.setattr(engines, "special_ids", lambda tokenizer, ends: (9, *(20 + i for i in ends)))
+    _, engine, _, settings = engine_and_settings(
+        tmp_path, monkeypatch, "student", "--sampling.ban_special=true"
+    )
+    assert settings["banned"] == (9, 20)
+    assert engine.find_stop is None
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (["--engine.kind=server"], "engine.kind is server with 0 engine.urls"),
-        ([URL], "engine.kind is jax with 1 engine.urls"),
-        (["--engine.kind=server", "--engine.urls=[localhost:9]"], "must be addresses, .* got 'localhost:9'"),
-        (["--engine.teacher_urls=[http://a,http://a]"], "each named once: got 'http://a'"),
-        (["--engine.timeout=0"], "engine.timeout must be above 0"),
-        (["--engine.concurrency=0"], "engine.concurrency must be above 0"),
+        ("--sampling.stop_ids=[999]", "stop_ids has 999"),
+        ('--sampling.stop=["a",""]', "must have a character"),
+        ("--sampling.top_k=-1", "top_k must be 0 or more"),
+        ("--evaluation.top_k=-1", "top_k must be 0 or more"),
     ],
 )
-def test_settings_that_make_no_engine_are_refused(overrides, message):
-    with pytest.raises(InputError, match=message) as error:
-        tiny_config(*overrides)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ((*SERVER, "--sampling.temperature=0.7", "--loss.old_source=sampler"), "are no `old`"),
-        ((TEACHER, "--sampling.temperature=0.7"), "a server scores at temperature 1"),
-        ((TEACHER, "--loss.terms=[entropy_aware]"), "entropy of the teacher, which loss.terms=entropy_aware"),
-        ((TEACHER, "--weights.members=[fire_opd]"), "entropy of the teacher, which weights.members=fire_opd"),
-        ((*SERVER, "--sampling.stop=[x]"), "servers are asked to stop at ids alone"),
-        ((TEACHER, "--schedule.rows=packed"), "a server scores rows of one rollout"),
-        ((TEACHER, "--store.teacher_hidden=true"), "does not tell the teacher's hidden states"),
-        ((TEACHER, "--loss.kind=student_topk"), "of the student's ids, which loss.kind=student_topk needs"),
-    ],
-)
-def test_what_servers_cannot_tell_is_refused_where_something_asks(overrides, message):
-    with pytest.raises(InputError, match=message) as error:
-        check_choices(tiny_config(*overrides))
-    assert "\n" not in str(error.value)
-
-
-def test_what_servers_can_tell_is_not():
-    check_choices(tiny_config(*SERVER, "--sampling.temperature=0.7"))
-    check_choices(tiny_config(*SERVER, "--loss.old_source=sampler"))
-    check_choices(tiny_config(TEACHER, "--gate.control=oracle"))  # the student's ids, by the student alone
-
-
-def at_one(run) -> object:
-    """An engine that draws as the JAX sampler does and says log-probs of temperature 1, as servers do."""
-    inner = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
-
-    class Engine:
-        name, logprob_temperature = "server", 1.0
-
-        def draw(self, requests):
-            drawn = list(inner.draw(requests))[::-1]  # in any order
-            rollouts = [
-                collect.Rollout(0, "", 0, np.asarray(requests[i].prompt_ids), g.ids, g.logprobs, False, 0.0)
-                for i, g in drawn
-            ]
-            rows = rows_of(rollouts, run.width)
-            read = gather(np.asarray(make_scorer(run.model, temperature=1.0)(run.policy, rows)), rows.mask)
-            for (index, generated), logprobs in zip(drawn, read, strict=True):
-                yield index, dataclasses.replace(generated, logprobs=logprobs)
-
-    return Engine()
-
-
-def test_a_servers_logprobs_are_labelled_and_compared_at_their_own_temperature(tmp_path, monkeypatch):
-    drawn = (*SERVER, "--sampling.temperature=0.7", "--schedule.rounds=1", "--sampling.max_response=20")
-    run = open_run(tmp_path / "served", tiny_config(*drawn))
-    monkeypatch.setattr(collect, "server_engine", at_one)
-    for part in ("sample", "score"):
-        do_part(run, part, ignore, never)
-    for store in (run.rollouts, run.scored):
-        assert store.about_store["behaviour_logprob_temperature"] == 1
-        assert (store.about_store["engine"], store.about_store["temperature"]) == ("server", 0.7)
-    assert run.scored.shard(0)["mismatch"]["mean"] < 1e-5
-    stored = run.scored.read(0)
-    assert mismatch(stored)["mean"] > 1e-4  # of two temperatures: `old` itself is that of the sampling
-    other = open_run(tmp_path / "here", tiny_config(*drawn[2:]))
-    assert other.about["behaviour_logprob_temperature"] == 0.7
-    do_part(other, "sample", ignore, never)
-    # Scored, they are in the round's order again.
-    for a, b in zip(stored, other.rollouts.read(0), strict=True):
-        np.testing.assert_array_equal(a.response_ids, b.response_ids)
-
-
-def test_a_teacher_scored_by_servers_has_no_entropy_and_trains(tmp_path, monkeypatch):
-    config = tiny_config(TEACHER, "--schedule.rounds=1", "--sampling.max_response=20", "--loss.top_k=5")
-    run = open_run(tmp_path / "run", config)
-
-    def by_servers(run, rows, *, usable):
-        here = make_topk_scorer(run.teacher_model, k=5, temperature=1.0, usable=usable)(run.teacher, rows)
-        return here.replace(entropy=None)
-
-    monkeypatch.setattr(collect, "teacher_by_servers", by_servers)
-    for part in ("sample", "score", "train"):
-        do_part(run, part, ignore, never)
-    rollout = run.scored.read(0)[0]
-    assert rollout.score.teacher_entropy is None
-    assert rollout.score.teacher_topk_ids.shape == (len(rollout.response_ids), 5)
-
-
-def test_servers_are_given_the_student_and_a_probe_of_it(tmp_path):
-    served = open_run(tmp_path / "served", tiny_config(*SERVER, "--engine.attempts=1", "--mesh.data=2"))
-    with jax.set_mesh(served.mesh):
-        engine = server_engine(served)
-        probe = probe_of(served)
-    assert (engine.name, engine.logprob_temperature) == ("server", 1.0)
-    written, _ = load_pretrained(served.folder / "policy")
-    assert written.hidden_size == served.model.hidden_size
-    assert len(probe.text) == 16
-    assert len(probe.expected) == 15
-    assert (probe.expected < 0).all()
-    with pytest.raises(InputError, match=r"http://127.0.0.1:9 broke off .* after 1 attempts"):
-        do_part(served, "sample", ignore, never)
-    assert served.rollouts.rounds == []
-
-
-def test_addresses_may_change_when_a_run_goes_on(tmp_path):
-    open_run(tmp_path / "run", tiny_config(*SERVER))
-    moved = ("--engine.kind=server", "--engine.urls=[http://127.0.0.1:10,http://127.0.0.1:11]")
-    assert len(open_run(tmp_path / "run", tiny_config(*moved)).config.engine.urls) == 2
-    with pytest.raises(InputError, match="has engine.kind = 'server', not 'jax'"):
-        open_run(tmp_path / "run", tiny_config())
-
-
-def test_a_server_with_another_model_draws_nothing_for_a_run(tmp_path):
-    with FakeServer() as server:
-        config = tiny_config("--engine.kind=server", f"--engine.urls=[{server.url}]")
-        run = open_run(tmp_path / "run", config)
-        with pytest.raises(InputError, match=f"log-probs of {server.url} on a probe differ from the trainer"):
-            do_part(run, "sample", ignore, never)
-    assert server.seen[1][1]["kwargs"]["weights_path"] == str((tmp_path / "run" / "policy").resolve())
-    assert run.rollouts.rounds == []
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch, override, message):
+    with pytest.raises(InputError, match=message):
+        engine_and_settings(tmp_path, monkeypatch, "student", override)
