@@ -156,8 +156,8 @@ def _check_tied_head(stored: Stored, folder: Path) -> None:
     for part, _ in _cut([(slice(0, rows), slice(0, rows))], max(1, READ_BYTES // (2 * 8 * width))):
         if not np.array_equal(head[part], embedding[part]):
             raise InputError(
-                f"the head of a tied model must be its embedding: {HEAD} of {folder} differs from {EMBEDDING}; "
-                "set tie_word_embeddings to false in config.json, or remove the stored head"
+                f"the head of a tied model must be its embedding: {HEAD} of {folder} differs from "
+                f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or remove the stored head"
             )
 
 
