@@ -174,3 +174,22 @@ def test_a_tied_model_with_a_stored_head_reads_the_embedding(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": False}))
     untied, got = load_pretrained(tmp_path)
     np.testing.assert_allclose(forward(got, ids, untied), logits(), atol=1e-4, rtol=0)
+
+
+def test_spellings_of_the_rotary_embedding_that_agree_are_read_as_transformers_does(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES["yarn with every field"]
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(tmp_path, config, params)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    said["rope_parameters"] = {**said["rope_scaling"], "rope_theta": said["rope_theta"]}
+    path.write_text(json.dumps(said))
+    read, got = load_pretrained(tmp_path)
+    assert read == config
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens(config))).logits.numpy()
+    np.testing.assert_allclose(forward(got, jnp.array(tokens(config)), read), want, atol=1e-4, rtol=0)
