@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opd_jax.errors import InputError
+from opd_jax.model.fields import check_flag, check_number, check_whole
 from opd_jax.model.rope import Yarn
 
 _SIZES = (
@@ -57,16 +58,18 @@ class Qwen3Config:
         if self.num_experts:
             sizes = (*_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
         for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(
-                    f"{name} must be a whole number of at least 1: got {value!r}; correct config.json"
-                )
+            check_whole(name, getattr(self, name))
+        check_whole("eos_token_id", self.eos_token_id, 0)
+        # YaRN divides by the logarithm of the base.
+        check_number("rope_theta", self.rope_theta, above=1.0 if self.rope_scaling else 0.0)
+        check_number("rms_norm_eps", self.rms_norm_eps)
+        check_flag("tie_word_embeddings", self.tie_word_embeddings)
+        check_flag("norm_topk_prob", self.norm_topk_prob)
         if self.head_dim % 2:
             raise InputError(
                 f"head_dim must be even, for rotary embedding: got {self.head_dim}; correct config.json"
             )
-        if not 0 <= self.eos_token_id < self.vocab_size:
+        if self.eos_token_id >= self.vocab_size:
             raise InputError(
                 f"eos_token_id must be in the vocabulary: got {self.eos_token_id} of {self.vocab_size}; "
                 "correct config.json"

@@ -9,6 +9,7 @@ from typing import Any
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import ARCHITECTURE_FIELDS, EXPERT_FIELDS, Qwen3Config
+from opd_jax.model.fields import check_flag, check_kind, check_number, check_whole
 from opd_jax.model.rope import Yarn
 
 
@@ -59,16 +60,16 @@ def config_from_json(path: Path) -> Qwen3Config:
             f"a model folder must hold a readable config.json: {path} ({error}); "
             "name a folder in Hugging Face format"
         ) from None
-    rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
+    published = {name: value for name, value in published.items() if value is not None}
+    rope = _rope(published, path)
+    rope_type = rope.pop("rope_type")
     _refuse_what_is_not_computed(published, rope_type, path)
     values = dict(published)
     for name, found in (
-        ("rope_theta", published.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        ("rope_theta", rope.pop("rope_theta")),
         ("rms_norm_eps", published.get("rms_norm_eps", 1e-6)),
     ):
-        if not isinstance(found, int | float) or not found > 0:
-            raise InputError(f"{name} must be a number above 0: got {found!r}; correct {path}")
+        check_number(name, found)
         values[name] = float(found)
     eos = values.get("eos_token_id")
     values["eos_token_id"] = (eos or [None])[0] if isinstance(eos, list) else eos
@@ -91,13 +92,53 @@ def config_from_json(path: Path) -> Qwen3Config:
     return Qwen3Config(**{name: values[name] for name in ARCHITECTURE_FIELDS if name in values})
 
 
+def _rope(published: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is said of the rotary embedding in any spelling, with its type and base.
+
+    Raises:
+      InputError: two spellings contradict each other; which one counts depends on who reads it.
+    """
+    spelled = {name: published[name] for name in ("rope_parameters", "rope_scaling") if name in published}
+    for name, said in spelled.items():
+        check_kind(name, said, dict, "an object or null")
+    bases = {"rope_theta": published.get("rope_theta")}
+    bases |= {f"{name}.rope_theta": said.get("rope_theta") for name, said in spelled.items()}
+    base = _agreed({name: found for name, found in bases.items() if found is not None}, path)
+    rest = _agreed({name: _one_spelling(said) for name, said in spelled.items() if said}, path)
+    return {"rope_type": "default", **(rest or {}), "rope_theta": 10_000.0 if base is None else base}
+
+
+def _one_spelling(rope: dict[str, Any]) -> dict[str, Any]:
+    """Its type under one name, and neither nulls nor the base."""
+    said = {name: value for name, value in rope.items() if value is not None}
+    rope_type = str(said.get("rope_type") or said.get("type") or "default")
+    others = {name: value for name, value in said.items() if name not in ("rope_type", "type", "rope_theta")}
+    return {"rope_type": rope_type, **others}
+
+
+def _agreed(found: dict[str, Any], path: Path) -> Any:
+    """The one thing that all of these fields say; None where there is none."""
+    (first, value), *others = [*found.items()] or [("", None)]
+    for name, other in others:
+        if other != value:
+            raise InputError(
+                f"config.json must say one thing of the rotary embedding: {path} has {first} = {value!r} "
+                f"and {name} = {other!r}; remove the one that is not the model's"
+            )
+    return value
+
+
 def _refuse_what_is_not_computed(published: dict[str, Any], rope_type: str, path: Path) -> None:
+    for name in ("attention_bias", "use_sliding_window"):
+        check_flag(name, published.get(name, False))
+    check_whole("decoder_sparse_step", published.get("decoder_sparse_step", 1), 0)
+    check_kind("mlp_only_layers", published.get("mlp_only_layers", []), list, "a list")
     unsupported = {
         "model_type": published.get("model_type") not in ("qwen3", "qwen3_moe"),
-        "attention_bias": bool(published.get("attention_bias")),
-        "use_sliding_window": bool(published.get("use_sliding_window")),
+        "attention_bias": published.get("attention_bias", False),
+        "use_sliding_window": published.get("use_sliding_window", False),
         "hidden_act": published.get("hidden_act", "silu") != "silu",
-        "quantization_config": published.get("quantization_config") is not None,
+        "quantization_config": "quantization_config" in published,
         # Layers that are dense among layers that are not.
         "decoder_sparse_step": published.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(published.get("mlp_only_layers")),
@@ -117,13 +158,13 @@ def _yarn(rope: dict[str, Any], published: dict[str, Any], path: Path) -> Yarn:
     """What a config.json says of YaRN; the original context defaults to its ``max_position_embeddings``."""
     # The truth of a field may stand under its own name or beside the base.
     known = {field.name for field in dataclasses.fields(Yarn)}
-    unknown = sorted(rope.keys() - known - {"rope_type", "type", "rope_theta"})
+    unknown = sorted(rope.keys() - known)
     if unknown:
         raise InputError(
             f"rope_scaling of type yarn has the fields {', '.join(sorted(known))}: {path} has {unknown[0]}; "
             "correct it"
         )
-    values = {name: value for name, value in rope.items() if name in known and value is not None}
+    values = dict(rope)
     values.setdefault("original_max_position_embeddings", published.get("max_position_embeddings"))
     if "factor" not in values:
         raise InputError(f"rope_scaling of type yarn must say factor: {path} does not; add it")

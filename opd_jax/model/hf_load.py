@@ -33,6 +33,7 @@ from opd_jax.types import Params
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32", "F64")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 READ_BYTES = 2**26  # of one tensor at a time
 
 Span = tuple[range, ...]  # what of every dimension a shard holds
@@ -70,7 +71,9 @@ def load_pretrained(
     shardings = traverse_util.flatten_dict(param_shardings(config, mesh)) if mesh else {}
     with contextlib.ExitStack() as stack:
         stored = _open(folder, stack)
-        check_tensors(stored, table, folder, ignored=_ignored(config))
+        check_tensors(stored, table, folder, extra=_tied_head(config))
+        if config.tie_word_embeddings and HEAD in stored:
+            _check_tied_head(stored, folder)
         # The largest come first, while memory is still empty around their copy on the host.
         largest_first = sorted(table, key=lambda name: math.prod(table[name].shape), reverse=True)
         flat = {
@@ -152,20 +155,31 @@ def _check_index(path: Path, listed: Mapping[str, str], where: Mapping[str, str]
             )
 
 
-def _ignored(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Tensors that may be stored and count for nothing, with their shapes."""
-    # Some published tied checkpoints store the head anyway; the embedding is what counts.
-    tied = config.tie_word_embeddings
-    return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if tied else {}
+def _tied_head(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+    """The head that some published tied checkpoints store although it is the embedding, with its shape."""
+    return {HEAD: (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+
+
+def _check_tied_head(stored: Stored, folder: Path) -> None:
+    """Refuse a tied model that stores a head of its own, which other readers of the format would use."""
+    head, embedding = stored[HEAD], stored[EMBEDDING]
+    rows, width = head.get_shape()
+    # As float64 is the widest, two pieces of this many rows keep within READ_BYTES.
+    for part, _ in _cut([(slice(0, rows), slice(0, rows))], max(1, READ_BYTES // (2 * 8 * width))):
+        if not np.array_equal(head[part], embedding[part]):
+            raise InputError(
+                f"the head of a tied model must be its embedding: {HEAD} of {folder} differs from "
+                f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or remove the stored head"
+            )
 
 
 def check_tensors(
     stored: Stored,
     table: Mapping[tuple[str, ...], Parameter],
     folder: Path,
-    ignored: Mapping[str, tuple[int, ...]],
+    extra: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Check dtypes, names and shapes of all tensors by their headers.
+    """Check dtypes, names and shapes of all tensors by their headers; those of ``extra`` may be missing.
 
     Raises:
       InputError: one is quantised, missing, unknown or misshapen; the message names it.
@@ -181,14 +195,14 @@ def check_tensors(
     }
     for wrong, found in (
         ("missing", sorted(expected.keys() - stored.keys())),
-        ("unknown", sorted(stored.keys() - expected.keys() - ignored.keys())),
+        ("unknown", sorted(stored.keys() - expected.keys() - extra.keys())),
     ):
         if found:
             raise InputError(
                 f"tensors must be those that config.json describes: {folder} has {len(found)} "
                 f"{wrong}, first {found[0]}; use weights and config.json of one model"
             )
-    for name, shape in {**ignored, **expected}.items():
+    for name, shape in {**extra, **expected}.items():
         if name in stored and tuple(stored[name].get_shape()) != shape:
             raise InputError(
                 f"tensors must have the shapes that config.json describes: {name} of {folder} is "

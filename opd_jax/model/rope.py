@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.errors import InputError
+from opd_jax.model.fields import check_flag, check_number
 
 if TYPE_CHECKING:
     from opd_jax.model.config import Qwen3Config
@@ -30,10 +30,12 @@ class Yarn:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise InputError(f"rope_scaling.{name} must be a number above 0: got {value!r}; correct it")
+        for field in dataclasses.fields(self):
+            name, value = f"rope_scaling.{field.name}", getattr(self, field.name)
+            if field.name == "truncate":
+                check_flag(name, value)
+            elif value is not None or field.default is not None:
+                check_number(name, value)
 
 
 def frequencies(config: Qwen3Config) -> tuple[np.ndarray, float]:

@@ -8,6 +8,7 @@ else is small beside them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,14 @@ def _equation_flops(equation: Any) -> int:
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_dot_flops(equation)
     if name == "pallas_call":
-        return _attention_flops(equation)
+        return _splash_flops(equation)
+    if name in _CUDNN_PRODUCTS:
+        return _cudnn_flops(equation)
+    if _UNKNOWN.match(name):
+        called = params.get("target_name") or params.get("call_target_name")
+        raise NotImplementedError(
+            f"operations of {name}{f' ({called})' if called else ''} are not known; count them in plan.flops"
+        )
     if name == "cond":
         return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
     times = 1
@@ -77,13 +85,19 @@ def _ragged_dot_flops(equation: Any) -> int:
     return 2 * math.prod(left) * right[-1]  # [m, k] x [m, n] -> [E, k, n]
 
 
+# What computes products that its equation does not show.
+_UNKNOWN = re.compile(
+    r"ffi_call|tpu_custom_call|mosaic_gpu|triton_kernel|dot_product_attention|scaled_(?:matmul|dot)|"
+    r"conv_general_dilated"
+)
+
 # Matrix products over the scores of an attention kernel, by what its name begins with: the forward pass
 # makes scores and output; the backward passes make scores and their gradient again, and from them the
 # gradient of queries, or those of keys and values.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
-def _attention_flops(equation: Any) -> int:
+def _splash_flops(equation: Any) -> int:
     """``products * 2 B N (T^2 / 2) H``: a causal kernel leaves out what lies above the diagonal."""
     name = str(equation.params["name"])
     products = next((count for start, count in _PRODUCTS.items() if name.startswith(start)), None)
@@ -93,3 +107,20 @@ def _attention_flops(equation: Any) -> int:
     # The queries, [B, N, T, H]; a batch of one row has lost its axis.
     *rows, length, width = max((shape for shape in shapes if len(shape) > 2), key=math.prod)
     return products * math.prod(rows) * length * length * width
+
+
+# Forward scores and output; backward scores again, their gradient, and those of queries, keys and values.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
+def _cudnn_flops(equation: Any) -> int:
+    """``products * 2 B N T S H``, half of it where a causal mask leaves out what is above the diagonal."""
+    params = equation.params
+    if params["layout"] != 0 or params["sliding_window_length"]:
+        raise NotImplementedError(
+            "operations of cuDNN attention are known of [B, T, N, H] and without a window; count others here"
+        )
+    query, key = (variable.aval.shape for variable in equation.invars[:2])
+    causal = "CAUSAL" in params["mask_type"].name
+    products = _CUDNN_PRODUCTS[equation.primitive.name]
+    return products * 2 * math.prod(query) * int(key[1]) // (2 if causal else 1)

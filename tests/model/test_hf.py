@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from opd_jax.errors import InputError
-from opd_jax.model import load_pretrained, make_mesh, save_pretrained
+from opd_jax.model import hf_load, load_pretrained, make_mesh, save_pretrained
 from opd_jax.model.config_json import config_from_json
 
 
@@ -48,15 +48,43 @@ def test_names_and_layout_are_hugging_faces(folder, small):
     np.testing.assert_array_equal(tensors["lm_head.weight"].T, params["head"])
 
 
-def test_a_tied_model_ignores_a_stored_head(tmp_path, small):
+@pytest.fixture
+def tied_folder(tmp_path, small):
     config, params = small
     tied = dataclasses.replace(config, tie_word_embeddings=True)
-    body = {name: value for name, value in params.items() if name != "head"}
-    save_pretrained(tmp_path, tied, body)
+    save_pretrained(tmp_path, tied, {name: value for name, value in params.items() if name != "head"})
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": np.zeros((40, 24), np.float32)}))
-    _, loaded = load_pretrained(tmp_path)
+    return tmp_path
+
+
+def store_head(folder, dtype=np.float32, row=0, by=0.0):
+    """Store the embedding as the head too, with one number of one row moved."""
+
+    def edit(tensors):
+        head = tensors["model.embed_tokens.weight"].astype(dtype)
+        head[row, -1] += by
+        tensors["lm_head.weight"] = head
+
+    change(folder, edit)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_tied_model_may_store_its_embedding_as_the_head(tied_folder, dtype):
+    store_head(tied_folder, dtype)
+    _, loaded = load_pretrained(tied_folder)
     assert "head" not in loaded
+
+
+@pytest.mark.parametrize("row", [0, 17, 39])
+@pytest.mark.parametrize("read_bytes", [1, 2_000, 2**26])  # one row at a time, some, all at once
+def test_a_tied_model_that_stores_another_head_is_refused(tied_folder, monkeypatch, row, read_bytes):
+    monkeypatch.setattr(hf_load, "READ_BYTES", read_bytes)
+    store_head(tied_folder, row=row, by=1e-3)
+    with pytest.raises(InputError, match=r"lm_head\.weight.*differs.*set tie_word_embeddings to false"):
+        load_pretrained(tied_folder)
+    set_config(tied_folder, tie_word_embeddings=False)
+    _, loaded = load_pretrained(tied_folder)
+    assert loaded["head"][-1, row] == loaded["embed"][row, -1] + np.float32(1e-3)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from opd_jax.errors import InputError
 from opd_jax.model import (
     Qwen3Config,
     forward,
@@ -155,7 +157,39 @@ def test_a_tied_model_with_a_stored_head_reads_the_embedding(tmp_path):
     ids = jnp.array(tokens(config))
     import torch
 
+    def logits():
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+            return theirs(torch.tensor(np.asarray(ids))).logits.numpy()
+
+    np.testing.assert_allclose(forward(got, ids, config), logits(), atol=1e-4, rtol=0)
+
+    # Another head is another model in transformers, so here it must not be left out silently.
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][::-1].copy()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert np.abs(forward(got, ids, config) - logits()).max() > 0.1
+    with pytest.raises(InputError, match="set tie_word_embeddings to false"):
+        load_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": False}))
+    untied, got = load_pretrained(tmp_path)
+    np.testing.assert_allclose(forward(got, ids, untied), logits(), atol=1e-4, rtol=0)
+
+
+def test_spellings_of_the_rotary_embedding_that_agree_are_read_as_transformers_does(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES["yarn with every field"]
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(tmp_path, config, params)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    said["rope_parameters"] = {**said["rope_scaling"], "rope_theta": said["rope_theta"]}
+    path.write_text(json.dumps(said))
+    read, got = load_pretrained(tmp_path)
+    assert read == config
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
-        want = theirs(torch.tensor(np.asarray(ids))).logits.numpy()
-    np.testing.assert_allclose(forward(got, ids, config), want, atol=1e-4, rtol=0)
+        want = theirs(torch.tensor(tokens(config))).logits.numpy()
+    np.testing.assert_allclose(forward(got, jnp.array(tokens(config)), read), want, atol=1e-4, rtol=0)
