@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from opd_jax.method import special_tokens_out
 from opd_jax.model import save_pretrained
 from opd_jax.model.lora import merge_lora, save_adapter
 from opd_jax.model.sharding import on_mesh
-from opd_jax.processes import agreed, is_first
+from opd_jax.processes import agreed, first_alone, is_first
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import TOKENIZER_FILES
 from opd_jax.train.choices import wanted_extras
@@ -94,15 +95,11 @@ def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
             else:
                 train_round(run, report, stop)
     except BaseException:
-        with contextlib.suppress(OSError):  # a disk that is full says so once
-            _append_timing(run, part, round_, began)
+        if is_first():
+            with contextlib.suppress(OSError):  # a disk that is full says so once
+                append_timing(run.timings_file, part, round_, began)
         raise
-    _append_timing(run, part, round_, began)
-
-
-def _append_timing(run: Run, part: str, round_: int, began: float) -> None:
-    if is_first():
-        append_timing(run.timings_file, part, round_, began)
+    first_alone(lambda: append_timing(run.timings_file, part, round_, began))
 
 
 def _round_of(run: Run, part: str) -> int:
@@ -141,13 +138,12 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         run.state, readings = run.train_step(run.state, placed, run.frozen)
         line |= as_line(readings)
         _check_finite(run, line)
-        if is_first():
-            append_line(run.metrics_file, line)
+        first_alone(functools.partial(append_line, run.metrics_file, line))
         report(line)
     keep = config.log.rows
-    if keep and is_first():
+    if keep:
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
-        write_tokens(path, members[:keep], batch.rows.mask, readings)
+        first_alone(lambda: write_tokens(path, members[:keep], batch.rows.mask, readings))
     run.checkpoints.save(run.state)
 
 
