@@ -13,7 +13,7 @@ from typing import NoReturn
 from opd_jax.backend import sum_in_one_order
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
-from opd_jax.processes import join
+from opd_jax.processes import end_soon, join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 NO_SETTINGS = ("report", "lab", "problems", "import")
@@ -123,6 +123,17 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _status(argv)
+    except BaseException:
+        end_soon(1)
+        raise
+    if status:
+        end_soon(status)
+    return status
+
+
+def _status(argv: Sequence[str]) -> int:
     try:
         with stop_on_signal() as stop:
             words, settings = split_settings(argv)

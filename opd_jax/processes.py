@@ -6,12 +6,21 @@ a file system that all of them see.
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from opd_jax.errors import InputError
 
-ASKED = "OPD_PROCESSES"  # environment: how many processes a run is made of
+# Environment: how many processes a run is made of, which of them this one is, and where they meet.
+ASKED, NUMBER, PLACE = "OPD_PROCESSES", "OPD_PROCESS", "OPD_COORDINATOR"
+GRACE = 20  # seconds that a process which failed waits for the others to end with it
+TOLD = 4096  # bytes that the first process tells the others at once
+
+Value = TypeVar("Value")  # as JSON has it
 
 
 def join(asked: bool) -> None:
@@ -22,30 +31,22 @@ def join(asked: bool) -> None:
     one is ``OPD_PROCESS`` (from 0), meet at ``OPD_COORDINATOR`` (host:port of the first).
 
     Raises:
-      InputError: the others cannot be found. A run that was asked to be many never goes on alone.
+      InputError: the others cannot be found, or the environment says it in part. A run that was asked to
+        be many never goes on alone.
     """
-    wanted = os.environ.get(ASKED, "")
-    if not wanted and not asked:
+    count, number = _told(asked)
+    if not asked and count < 2:
         return
     import jax
 
-    if not wanted.isdigit() and wanted:
-        raise InputError(f"{ASKED} must be a whole number: got {wanted!r}; set how many processes there are")
-    count = int(wanted or 0)
-    if count == 1:
-        if asked:
-            raise InputError(
-                f"a run is many processes or one: --distributed and {ASKED}=1 were given; drop one of them"
-            )
-        return
     try:
         if count == 0:
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(
-                coordinator_address=_told("OPD_COORDINATOR"),
+                coordinator_address=os.environ[PLACE],
                 num_processes=count,
-                process_id=int(_told("OPD_PROCESS")),
+                process_id=number,
             )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -59,11 +60,32 @@ def join(asked: bool) -> None:
         )
 
 
-def _told(name: str) -> str:
-    value = os.environ.get(name)
-    if not value:
-        raise InputError(f"{ASKED} needs {name} beside it: it is not set; set it")
-    return value
+def _told(asked: bool) -> tuple[int, int]:
+    """How many processes the environment asks for, 0 if it does not, and which of them this one is."""
+    told = {name: value for name in (ASKED, NUMBER, PLACE) if (value := os.environ.get(name))}
+    if not told:
+        return 0, 0
+    if ASKED not in told:
+        raise InputError(f"{min(told)} needs {ASKED} beside it: it is not set; set it, or unset {min(told)}")
+    count = _whole(ASKED, 1, None)
+    if count == 1:
+        if asked:
+            raise InputError(
+                f"a run is many processes or one: --distributed and {ASKED}=1 were given; drop one of them"
+            )
+        return 1, 0
+    for name in (PLACE, NUMBER):
+        if name not in told:
+            raise InputError(f"{ASKED} needs {name} beside it: it is not set; set it")
+    return count, _whole(NUMBER, 0, count - 1)
+
+
+def _whole(name: str, least: int, most: int | None) -> int:
+    value = os.environ[name]
+    if not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
+        bounds = f"from {least}" + ("" if most is None else f" to {most}")
+        raise InputError(f"{name} must be a whole number {bounds}: got {value!r}; set it to one")
+    return int(value)
 
 
 def is_first() -> bool:
@@ -80,6 +102,62 @@ def wait_for_all(where: str) -> None:
 
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def first_alone(act: Callable[[], Value]) -> Value:
+    """Let the first process act, and tell all of them what came of it.
+
+    Every process calls it at the same place of the program.
+
+    Args:
+      act: what the first process does; the others do not call it. It returns a JSON value.
+
+    Raises:
+      InputError: it did in the first process, or the disk failed there; in all of them alike.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return act()
+    told = np.zeros(TOLD, np.uint8)
+    if is_first():
+        try:
+            said = json.dumps({"value": act()})
+        except InputError as error:
+            said = json.dumps({"error": str(error)[: TOLD // 8]})
+        except OSError as error:
+            rule = f"files must be there to use: {error}; make room, or name others"
+            said = json.dumps({"error": rule[: TOLD // 8]})
+        told[: len(said)] = np.frombuffer(said.encode(), np.uint8)
+    heard = json.loads(multihost_utils.broadcast_one_to_all(told).tobytes().rstrip(b"\0"))
+    if "error" in heard:
+        raise InputError(heard["error"])
+    return heard["value"]
+
+
+def end_soon(status: int) -> None:
+    """Make sure that this process, which failed, ends: with the others, or soon after without them.
+
+    A process that ends as it should waits for the others to do so too, which they never do where they wait
+    for this one. Once it is gone their runtimes notice, and end them.
+    """
+    if "jax" not in sys.modules:
+        return
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    timer = threading.Timer(GRACE, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:

@@ -92,7 +92,7 @@ def check_folder(path: str | Path) -> None:
     folder = Path(path)
     config = config_from_json(folder / "config.json")
     with contextlib.ExitStack() as stack:
-        check_tensors(_open(folder, stack), parameter_table(config), folder, ignored=_ignored(config))
+        check_tensors(_open(folder, stack), parameter_table(config), folder, extra=_tied_head(config))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> Stored:

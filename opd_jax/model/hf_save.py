@@ -6,6 +6,7 @@ the model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from opd_jax.model.config_json import config_to_json
 from opd_jax.model.hf import hf_shape, hf_tensors, to_hf
 from opd_jax.model.hf_load import INDEX
 from opd_jax.model.parameters import Parameter, parameter_table
+from opd_jax.processes import first_alone, is_first
 from opd_jax.types import Params
 
 # Files of an export, which the next one does not leave behind.
@@ -79,8 +81,12 @@ def save_pretrained(
     flat = traverse_util.flatten_dict(params)
     _check(table, flat, folder)
     values = host_tensors(table, flat)
-    if jax.process_index() == 0:
-        with replacing_folder(folder, OURS) as new:
+
+    def write() -> None:
+        with contextlib.ExitStack() as stack:
+            if jax.process_count() > 1:  # what one fails to write, the others gather all the same
+                stack.callback(_exhaust, values)
+            new = stack.enter_context(replacing_folder(folder, OURS))
             for file in beside:
                 if file.is_file():
                     shutil.copyfile(file, new / file.name)
@@ -89,11 +95,15 @@ def save_pretrained(
                 generation = json.dumps({"eos_token_id": config.eos_token_id}, indent=2) + "\n"
                 (new / "generation_config.json").write_text(generation)
             _write(new, _split(table, flat, shard_bytes), values)
-    else:
-        for _ in values:
-            pass
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+
+    if not is_first():
+        _exhaust(values)
+    first_alone(write)
+
+
+def _exhaust(values: Iterator[np.ndarray]) -> None:
+    for _ in values:
+        pass
 
 
 def _check(table: Table, flat: Arrays, folder: Path) -> None:

@@ -25,6 +25,7 @@ from opd_jax.model.config import Qwen3Config
 from opd_jax.model.hf import hf_tensors
 from opd_jax.model.hf_save import host_tensors
 from opd_jax.model.parameters import Parameter, parameter_table
+from opd_jax.processes import first_alone
 from opd_jax.types import Params
 
 OURS = ("adapter_config.json", "adapter_model.safetensors")  # files of an export
@@ -193,7 +194,10 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    if jax.process_index() == 0:
+
+    def write() -> None:
         with replacing_folder(Path(path), OURS) as new:
             (new / "adapter_config.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
             save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    first_alone(write)

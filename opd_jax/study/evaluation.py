@@ -14,7 +14,7 @@ from opd_jax.evaluate import Answer, answers, write_answers
 from opd_jax.files import write_text
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
-from opd_jax.processes import agreed, is_first
+from opd_jax.processes import agreed, first_alone
 from opd_jax.tasks import prompting_digest
 from opd_jax.train.engines import Who, engine_of
 from opd_jax.train.run import Run
@@ -70,7 +70,10 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
                 raise Interrupted
             records.append(answer)
             report(answer)
-    if is_first():
+
+    def write() -> None:
         write_answers(file, records)
         write_text(file.with_suffix(".json"), json.dumps(conditions(run), indent=1) + "\n")
+
+    first_alone(write)
     return file

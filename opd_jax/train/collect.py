@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
 from opd_jax.model.sharding import on_mesh
-from opd_jax.processes import is_first, wait_for_all
+from opd_jax.processes import first_alone, is_first, wait_for_all
 from opd_jax.rollout.engine import Request, in_order
 from opd_jax.rollout.rows import Packing, gather, spread
 from opd_jax.rollout.score import (
@@ -91,11 +92,11 @@ def sample_round(run: Run, stop: Stop) -> None:
         done = {(rollout.problem, rollout.sample) for rollout in stored}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
         for finished in _batches(_drawn(run, round_, left), config.sampling.slots):
-            if is_first():
-                run.rollouts.append(finished, **made_by)
+            first_alone(functools.partial(run.rollouts.append, finished, **made_by))
             if stop():
                 raise Interrupted
-        if is_first():
+
+        def seal() -> None:
             rollouts = run.rollouts.pending(round_, **made_by)
             run.rollouts.seal(
                 round_,
@@ -103,7 +104,8 @@ def sample_round(run: Run, stop: Stop) -> None:
                 reward=float(np.mean([rollout.reward for rollout in rollouts])),
                 truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
             )
-    wait_for_all(f"sampled {round_}")
+
+        first_alone(seal)
 
 
 def _batches(drawn: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
@@ -151,18 +153,26 @@ def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Itera
         )
 
 
-def _writing(store: RolloutStore) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _writing(store: RolloutStore) -> Iterator[None]:
     """The store's lock, for the process that writes."""
-    return store if is_first() else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(store)
+
+        first_alone(lock)
+        yield
 
 
 def _found(read: Callable[[], Found], what: str) -> Found:
     """What lies on the disk, for all processes alike: the first reads before the others, and none writes."""
-    found = read() if is_first() else None
-    wait_for_all(f"found {what}")
-    found = read() if found is None else found
+    found: list[Found] = []
+    first_alone(lambda: found.append(read()))
+    if not is_first():
+        found.append(read())
     wait_for_all(f"all found {what}")
-    return found
+    return found[0]
 
 
 def score_round(run: Run, stop: Stop) -> None:
@@ -201,8 +211,8 @@ def score_round(run: Run, stop: Stop) -> None:
     columns: list[dict[str, Any]] = [{} for _ in parts]
     with _writing(run.scored):
         place = run.scored.place
-        if is_first() and round_:
-            clear_work(place, round_ - 1)  # by a process that was killed after it sealed
+        if round_:  # of a process that was killed after it sealed
+            first_alone(lambda: clear_work(place, round_ - 1))
         work = Scratch(place, round_, made_of)
         pieces = _found(work.found, f"scores of {round_}")
         for stage, read in _STAGES.items():
@@ -212,13 +222,15 @@ def score_round(run: Run, stop: Stop) -> None:
                         raise Interrupted
                     said = read(run, part, extras, known)
                     piece = {name: values[part.mask] for name, values in said.items()}
-                    if is_first() and piece:
-                        work.keep(f"{stage}-{index:05d}", piece)
+                    if piece:
+                        first_alone(functools.partial(work.keep, f"{stage}-{index:05d}", piece))
                 known |= {name: spread([values], part.mask) for name, values in piece.items()}
-        if is_first():
+
+        def store() -> None:
             _store_scores(run, round_, rollouts, parts, rows, columns, extras)
             clear_work(place, round_)
-    wait_for_all(f"scored {round_}")
+
+        first_alone(store)
 
 
 def _as_drawn(run: Run, round_: int) -> list[Rollout]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.method import special_tokens_out
 from opd_jax.model.lora import save_adapter
 from opd_jax.model.sharding import on_mesh
-from opd_jax.processes import agreed, is_first
+from opd_jax.processes import agreed, first_alone, is_first
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
@@ -95,15 +96,11 @@ def _do(run: Run, part: str, report: Report, stop: Stop) -> None:
             else:
                 train_round(run, report, stop)
     except BaseException:
-        with contextlib.suppress(OSError):  # a disk that is full says so once
-            _append_timing(run, part, round_, began)
+        if is_first():
+            with contextlib.suppress(OSError):  # a disk that is full says so once
+                append_timing(run.timings_file, part, round_, began)
         raise
-    _append_timing(run, part, round_, began)
-
-
-def _append_timing(run: Run, part: str, round_: int, began: float) -> None:
-    if is_first():
-        append_timing(run.timings_file, part, round_, began)
+    first_alone(lambda: append_timing(run.timings_file, part, round_, began))
 
 
 def _round_of(run: Run, part: str) -> int:
@@ -148,14 +145,13 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
         run.state, readings = run.train_step(run.state, placed, run.frozen)
         line |= as_line(readings)
         _check_finite(run, line)
-        if is_first():
-            append_line(run.metrics_file, line)
+        first_alone(functools.partial(append_line, run.metrics_file, line))
         report(line)
     keep = config.log.rows
-    if keep and is_first():
+    if keep:
         path = run.folder / "tokens" / f"round-{round_:05d}.parquet"
         kept = {int(np.flatnonzero(order == index)[0]): rollouts[index] for index in plan[minibatch][:keep]}
-        write_tokens(path, kept, batch.rows, readings)
+        first_alone(lambda: write_tokens(path, kept, batch.rows, readings))
     run.checkpoints.save(run.state)
 
 

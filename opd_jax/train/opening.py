@@ -12,7 +12,7 @@ from typing import TextIO
 from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.files import read_text, write_text
-from opd_jax.processes import is_first, wait_for_all
+from opd_jax.processes import first_alone
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import check_template, prompt_ids
 from opd_jax.train.choices import check_choices
@@ -47,7 +47,8 @@ def open_run(folder: str | Path, config: Config | None = None) -> Run:
     file = folder / "config.yaml"
     if config is not None:
         check_choices(config)
-    if not file.exists():
+    # Asked once for all: by the time a slow process asked, the first would have made it.
+    if not first_alone(file.exists):
         return _new_run(folder, file, config)
     saved = load_config(file)
     if config is not None and config != saved:
@@ -84,6 +85,7 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"a run is a folder: {folder} is a file; name another")
     run = Run(folder, config)
+    _ = run._table
     # All that a run needs is read before its folder is made: one that cannot begin leaves nothing.
     _ = run.teacher
     if config.model.residency == "sequential":
@@ -105,11 +107,13 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
                 f"{length}; drop it" + (", or raise sampling.max_prompt" if length else "")
             )
     identity = json.dumps(run.identity, indent=1) + "\n"
-    if is_first():
+
+    def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "identity.json", identity)
         save_config(config, file)
-    wait_for_all(f"made {folder}")
+
+    first_alone(make)
     return run
 
 
@@ -123,9 +127,8 @@ def exclusive(run: Run) -> Iterator[None]:
       InputError: another process is at it.
     """
     with contextlib.ExitStack() as stack:
-        if is_first():  # of the processes of one run, which then keeps other runs out
-            _lock(stack.enter_context((run.folder / ".lock").open("w")), run.folder)
-        wait_for_all(f"locked {run.folder}")
+        # The first of the processes of one run keeps other runs out.
+        first_alone(lambda: _lock(stack.enter_context((run.folder / ".lock").open("w")), run.folder))
         # Whatever was read before the lock was ours may have moved on since.
         if "checkpoints" in vars(run):
             run.checkpoints.close()
@@ -134,10 +137,13 @@ def exclusive(run: Run) -> Iterator[None]:
         run.writing = True
         try:
             update = int(run.state.update)
-            if is_first():
+
+            def mend() -> None:
                 save_config(run.config, run.folder / "config.yaml")
                 drop_lines_from(run.metrics_file, update)
                 mend_lines(run.timings_file)
+
+            first_alone(mend)
             yield
         finally:
             run.writing = False

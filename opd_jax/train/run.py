@@ -41,6 +41,7 @@ from opd_jax.train.diagnose import Diagnose, make_diagnosis
 from opd_jax.train.identity import model_digest, problems_digest
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.optimizer import make_optimizer
+from opd_jax.train.residency import moved
 from opd_jax.train.sources import model_folder, named_problems
 from opd_jax.train.step import (
     TrainState,
@@ -238,8 +239,8 @@ class Run:
         state, place = self.state, self._shardings
         self.state = TrainState(
             state.update,
-            _moved(state.params, place.params if student else None),
-            _moved(state.opt_state, place.opt_state if whose == "state" else None),
+            moved(state.params, place.params if student else None),
+            moved(state.opt_state, place.opt_state if whose == "state" else None),
         )
 
     @functools.cached_property
@@ -307,8 +308,3 @@ class Run:
     @property
     def timings_file(self) -> Path:
         return self.folder / "timings.jsonl"
-
-
-def _moved(tree: Any, shardings: Any) -> Any:
-    """Arrays on the devices where ``shardings`` has them, or on the host."""
-    return jax.device_get(tree) if shardings is None else jax.device_put(tree, shardings)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.errors import InputError
 from opd_jax.lab import student
 from opd_jax.model import Qwen3Config, forward, init_params, load_pretrained, save_pretrained
 from opd_jax.tasks import TOKENIZER_FILES
@@ -119,6 +120,12 @@ def test_a_mixture_of_experts_is_trained_and_says_how_it_routes(mixture, tmp_pat
         assert 0 <= line["router_idle"] < 1
     moved = jnp.abs(run.state.params["layers"]["router"] - run.base["layers"]["router"])
     assert float(moved.max()) > 0
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_run_behind(mixture, tmp_path):
+    with pytest.raises(InputError, match="LoRA adapts one matrix a layer"):
+        open_run(tmp_path / "run", tiny_config(f"--model.student={mixture}", *ADAPTER))
+    assert not (tmp_path / "run").exists()
 
 
 def test_experts_on_an_axis_of_their_own_give_the_same_updates(mixture, tmp_path):
