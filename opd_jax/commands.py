@@ -111,12 +111,13 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
 
 
 def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
-    run = open_run(arguments.run, _settings(arguments, overrides))
-    say(str(run.kernel))
-    if run.config.model.residency == "sequential":
+    settings = _settings(arguments, overrides)
+    if settings is not None and settings.model.residency == "sequential":
         from opd_jax.plan.command import peak_of
 
-        say(peak_of(run))
+        say(peak_of(Run(arguments.run, settings)))  # before anything is loaded
+    run = open_run(arguments.run, settings)
+    say(str(run.kernel))
     with progress(run, arguments.run.name) as report:
         distill(run, report, stop)
     say(f"student: {export_student(run)}")

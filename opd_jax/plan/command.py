@@ -15,6 +15,7 @@ from opd_jax.model.presets import PRESETS
 from opd_jax.plan.programs import Program, compile_programs
 from opd_jax.plan.report import fits
 from opd_jax.plan.topology import GIB, devices_of, memory_of
+from opd_jax.train.choices import check_choices
 from opd_jax.train.computing import computed, kernel_of
 from opd_jax.train.run import Run
 from opd_jax.train.sources import model_folder
@@ -40,6 +41,7 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
     Raises:
       InputError: the mesh is larger than the topology, or the settings do not fit each other.
     """
+    check_choices(config)
     devices = devices_of(topology)
     if topology != "local":  # what was compiled for devices that are not here cannot be loaded again
         jax.config.update("jax_enable_compilation_cache", False)
@@ -59,6 +61,7 @@ def peak_of(run: Run) -> str:
     Raises:
       InputError: it is more than there is.
     """
+    check_choices(run.config)
     programs = compile_programs(run.config, run.model, run.teacher_model, run.mesh, run.usable)
     memory = memory_of(run.mesh.devices.flat[0])
     check_fit(programs, memory)

@@ -20,8 +20,9 @@ from opd_jax.model.parameters import Table, abstract_params
 from opd_jax.model.sharding import batch_sharding
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
-from opd_jax.rollout.score import make_scorer, make_topk_scorer
+from opd_jax.rollout.score import make_ids_scorer, make_scorer, make_topk_scorer
 from opd_jax.rollout.slots import Group, Sampler, State, make_sampler, placement
+from opd_jax.train.choices import wanted_extras
 from opd_jax.train.computing import adapter_of, row_width
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
@@ -71,10 +72,14 @@ def compile_programs(
     frozen = _placed(table, student, mesh, compute) if adapter else {}
     policy = on_top(frozen, state.params)
     taught = _placed(parameter_table(teacher), teacher, mesh, compute)
+    extras = wanted_extras(config)
+    # An adapter stands on the student before training, which is then there already.
+    base = _placed(table, student, mesh, "float32") if "reference" in extras and not adapter else {}
     kinds = {
         "student": bytes_on_device((state.params, frozen)),
         "optimizer": bytes_on_device((state.opt_state, state.update)),
         "teacher": bytes_on_device(taught),
+        **({"base": bytes_on_device(base)} if base else {}),
     }
 
     def beside(*read: str) -> dict[str, int]:
@@ -97,11 +102,14 @@ def compile_programs(
         stop_ids=(student.eos_token_id, *sampling.stop_ids),
     )
     slots, group = abstract_slots(sampler, mesh)
+    known = min(usable, teacher.vocab_size)
+    score = make_scorer(student, temperature=temperature)
     topk = make_topk_scorer(
         teacher,
         k=config.loss.top_k,
         temperature=temperature,
-        usable=min(usable, teacher.vocab_size),
+        usable=known,
+        hidden=config.store.teacher_hidden,
     )
     step = make_train_step(
         student,
@@ -112,12 +120,24 @@ def compile_programs(
         mesh,
         param_shardings(student, mesh) if frozen else None,
     )
-    read = {"student": kinds["student"]}
+    read, reads_teacher = {"student": kinds["student"]}, {"teacher": kinds["teacher"]}
     drawing = {**read, "cache": bytes_on_device(slots)}
     empty = jax.ShapeDtypeStruct((sampling.slots,), jnp.bool_)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     minibatch = abstract_batch(config, rows * schedule.microbatches, width, mesh)
     part = abstract_batch(config, rows, width, mesh).rows
+    more = []
+    if "student_topk" in extras:
+        likeliest = make_topk_scorer(student, k=config.loss.student_k, temperature=temperature, usable=known)
+        of_ids = make_ids_scorer(teacher, temperature=temperature)
+        ids = (taught, part, abstract_batch(config, rows, width, mesh).signal.student_ids)
+        more = [
+            _compile("score student's ids", likeliest, (policy, part), read, beside("student"), mesh),
+            _compile("teacher of those ids", of_ids, ids, reads_teacher, beside("teacher"), mesh),
+        ]
+    if base:
+        reads_base = {"base": kinds["base"]}
+        more.append(_compile("score reference", score, (base, part), reads_base, beside("base"), mesh))
     return [
         _compile("prefill", sampler.fill, (policy, slots, group), drawing, beside("student"), mesh),
         _compile(
@@ -128,17 +148,9 @@ def compile_programs(
             beside("student"),
             mesh,
         ),
-        _compile(
-            "score old",
-            make_scorer(student, temperature=temperature),
-            (policy, part),
-            read,
-            beside("student"),
-            mesh,
-        ),
-        _compile(
-            "score teacher", topk, (taught, part), {"teacher": kinds["teacher"]}, beside("teacher"), mesh
-        ),
+        _compile("score old", score, (policy, part), read, beside("student"), mesh),
+        *more,
+        _compile("score teacher", topk, (taught, part), reads_teacher, beside("teacher"), mesh),
         _compile(
             "train",
             step,
@@ -166,13 +178,18 @@ def abstract_slots(sampler: Sampler, mesh: Mesh) -> tuple[State, Group]:
 
 
 def abstract_batch(config: Config, rows: int, width: int, mesh: Mesh) -> Batch:
-    """Shapes and placement of one minibatch."""
+    """Shapes and placement of one minibatch, with the columns that the config makes a store hold."""
 
     def array(dtype: Any, *last: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, width, *last), dtype, sharding=batch_sharding(mesh))
 
-    k = config.loss.top_k
+    k, extras = config.loss.top_k, {*wanted_extras(config), *(["again"] if config.log.diagnose_every else [])}
     ids, nats = array(jnp.int32), array(jnp.float32)
+    of_student: dict[str, Any] = {}
+    if "student_topk" in extras:
+        chosen = array(jnp.float32, config.loss.student_k)
+        of_student = {"student_old": chosen, "student_teacher": chosen}
+        of_student["student_ids"] = array(jnp.int32, config.loss.student_k)
     return Batch(
         rows=Rows(tokens=ids, targets=ids, mask=array(jnp.bool_), sequence_ids=ids, positions=ids),
         signal=Signal(
@@ -184,6 +201,9 @@ def abstract_batch(config: Config, rows: int, width: int, mesh: Mesh) -> Batch:
             reward=nats,
             group=ids,
             staleness=nats,
+            again=nats if "again" in extras else None,
+            reference=nats if "reference" in extras else None,
+            **of_student,
         ),
     )
 

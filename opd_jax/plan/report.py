@@ -29,7 +29,7 @@ def as_json(programs: Sequence[Program], memory: int | None) -> list[dict[str, A
 def as_table(config: Config, programs: Sequence[Program], memory: int | None) -> str:
     """A Markdown table: a line a program, memory of one device in GiB by kind."""
     kinds = list(dict.fromkeys(kind for p in programs for kind in (*p.arguments, *p.beside)))
-    kinds.sort(key=["student", "optimizer", "teacher", "cache", "batch"].index)
+    kinds.sort(key=["student", "optimizer", "teacher", "base", "cache", "batch"].index)
     names = [
         "program", *kinds, "temporary", "output", "code", "total", "fits", "TFLOP", "traffic", "compiled in"
     ]  # fmt: skip

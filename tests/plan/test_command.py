@@ -49,6 +49,17 @@ def test_a_plan_counts_what_lies_on_a_device(tmp_path, capsys, counts):
     assert "attention kernel xla" in said
 
 
+def test_what_a_loss_asks_of_the_store_is_planned_too(tmp_path, counts):
+    more = (
+        "--loss.kind=student_topk --loss.student_k=4 --loss.terms=[reference_kl] --loss.kl_weight=1".split()
+    )
+    status, programs = planned(tmp_path, *more, "--log.diagnose_every=2")
+    assert status == 0
+    assert {"score student's ids", "teacher of those ids", "score reference"} < set(programs)
+    assert programs["score reference"]["arguments"]["base"] == 4 * counts[0]
+    assert programs["train"]["beside"]["base"] == 4 * counts[0]
+
+
 def test_a_mesh_splits_it_and_one_model_at_a_time_leaves_the_other_out(tmp_path, counts):
     _, programs = planned(tmp_path, "--mesh.fsdp=4", "--model.residency=sequential")
     train = programs["train"]
