@@ -263,7 +263,10 @@ def test_a_packed_run_is_a_run(tmp_path, mesh):
     lines = read_lines(run.metrics_file)
     for line in lines:
         first = line["pass"] == line["minibatch"] == 0
-        assert (line["drift_max"] == 0.0) == first
+        if first:  # over devices sums are taken in another order
+            assert line["drift_max"] <= (1e-5 if mesh else 0.0)
+        else:
+            assert line["drift_max"] > 1e-4
     assert 0 < lines[3]["diagnosis"]["null_drift_max"] < 1e-4 < lines[3]["drift_max"]
     assert run.scored.shard(1)["null_drift"]["max"] < 1e-4
 
