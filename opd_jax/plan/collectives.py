@@ -87,20 +87,34 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 def _received(line: str, collective: re.Match[str]) -> int:
     """What one device receives: of n devices' result, all parts but its own."""
-    sizes = [
-        math.prod(int(axis) for axis in axes.split(",") if axis) * _BYTES.get(kind, 4)
-        for kind, axes in _SHAPE.findall(collective["shape"])
-    ]
     kind, n = collective["kind"], _group_size(line)
-    if not sizes or n == 1:
+    shape = collective["shape"]
+    # An asynchronous start holds its operands before its results; that of a sum, its results alone.
+    if collective["start"] and kind != "all-reduce":
+        _, shape, *_ = _elements(shape)
+    size = sum(
+        math.prod(int(axis) for axis in axes.split(",") if axis) * _BYTES.get(dtype, 4)
+        for dtype, axes in _SHAPE.findall(shape)
+    )
+    if n == 1:
         return 0
-    # An asynchronous start holds its operands beside its results: the larger half is what moves.
-    size = max(sizes) if collective["start"] else sum(sizes)
     if kind == "all-reduce":
         return 2 * size * (n - 1) // n
     if kind == "reduce-scatter":
-        return size * (n - 1) if not collective["start"] else size * (n - 1) // n
+        return size * (n - 1)
     return size if kind == "collective-permute" else size * (n - 1) // n
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes of a tuple, without layouts; those that are tuples themselves stay whole."""
+    depth, elements = 0, [""]
+    for character in re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 1:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
 
 
 def _group_size(line: str) -> int:

@@ -256,5 +256,8 @@ def _compile(
 
 def _why(error: str) -> str:
     """The compiler's sentence on what was used of what there is."""
-    found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", error)
+    size = r"[\d.]+\w+"
+    found = re.search(
+        rf"Used {size} of {size} \w+|HLO \w+ \({size}\) exceeds available \w+ \({size}\)", error
+    )
     return found[0] if found else " ".join(error.split())[:120]

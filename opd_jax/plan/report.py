@@ -49,7 +49,7 @@ def as_table(config: Config, programs: Sequence[Program], memory: int | None) ->
         lines.append("| " + " | ".join([p.name, *cells]) + " |")
     sampling, schedule = config.sampling, config.schedule
     rows = sampling.prompts * sampling.samples // schedule.minibatches
-    of = "unknown" if memory is None else f"{memory / GIB:.0f} GiB"
+    of = "unknown" if memory is None else f"{memory / GIB:.2f} GiB"
     lines += [
         "",
         f"Memory, products and traffic (GiB received) are those of one device, which has {of}. "

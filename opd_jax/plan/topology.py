@@ -10,14 +10,15 @@ import jax
 from opd_jax.errors import InputError
 
 GIB = 2**30
-# High-bandwidth memory of one device, by its kind (Google Cloud's TPU documentation). A TPU7x chip is two.
+# High-bandwidth memory that the compiler has of one device, by its kind, as it says where a program is too
+# large (libtpu 0.0.42); it keeps some of what is built in. A TPU7x chip is two devices.
 _HBM = {
-    "TPU v4": 32 * GIB,
-    "TPU v5 lite": 16 * GIB,
-    "TPU v5": 95 * GIB,
-    "TPU v5p": 95 * GIB,
-    "TPU v6 lite": 32 * GIB,
-    "TPU7x": 96 * GIB,
+    "TPU v4": int(30.75 * GIB),
+    "TPU v5 lite": int(15.75 * GIB),
+    "TPU v5": int(95.74 * GIB),
+    "TPU v5p": int(95.74 * GIB),
+    "TPU v6 lite": int(31.25 * GIB),
+    "TPU7x": int(94.75 * GIB),
 }
 
 
@@ -35,7 +36,9 @@ def devices_of(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        # The two cores of a v4 chip are one device to JAX, which this compiler has to be told.
+        merged = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **merged)
     except Exception as error:  # the compiler's own kinds of errors
         reason = " ".join(str(error).split())[:160]
         raise InputError(

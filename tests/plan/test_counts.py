@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.model import hidden_states, init_params, make_mesh, token_logprobs
+from opd_jax.model.attention import attention, causal_mask, cudnn_attention
 from opd_jax.model.splash import splash_attention
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
@@ -85,6 +86,55 @@ def test_products_of_an_attention_kernel_by_its_formula(rows):
     assert got == kernels + 2 * rows * 4 * 256 * 128  # and output times its gradient, outside of them
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's cuDNN attention, traced without the GPU that it asks for before it is."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_products_of_cudnn_attention_by_its_formula(cudnn, rows):
+    """Causal, so half of the scores: two products forward, and five backward."""
+    query, key = (abstract(rows, 256, heads, 128, dtype=jnp.bfloat16) for heads in (4, 2))
+    args = query, key, key, abstract(rows, 256, dtype=jnp.int32)
+    product = 2 * rows * 4 * (256 * 256 // 2) * 128
+    assert program_flops(cudnn_attention, *args) == 2 * product
+    whole = program_flops(lambda q, k, v, i: attention(q, k, v, causal_mask(i)), *args)
+    assert whole == 2 * 2 * product  # without a kernel, what lies above the diagonal is computed too
+
+    def loss(query, key, value, ids):
+        return jnp.sum(cudnn_attention(query, key, value, ids).astype(jnp.float32))
+
+    assert program_flops(jax.grad(loss, (0, 1, 2)), *args) == (2 + 5) * product
+
+
+def test_products_of_cudnn_attention_without_a_mask_are_whole(cudnn):
+    def attended(query, key, value, **more):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **more)
+
+    query, key = (abstract(2, length, 4, 64, dtype=jnp.bfloat16) for length in (128, 256))
+    assert program_flops(attended, query, key, key) == 2 * 2 * 2 * 4 * 128 * 256 * 64
+    with pytest.raises(NotImplementedError, match="window"):
+        program_flops(lambda q: attended(q, q, q, is_causal=True, local_window_size=(8, 0)), query)
+
+
+def test_operations_of_an_unknown_kernel_are_not_taken_for_none():
+    def called(x):
+        return jax.ffi.ffi_call("products", jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    with pytest.raises(NotImplementedError, match=r"ffi_call \(products\)"):
+        program_flops(jax.jit(called), abstract(8, 8))
+
+    def convolved(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1,), "SAME")
+
+    with pytest.raises(NotImplementedError, match="conv_general_dilated"):
+        program_flops(convolved, abstract(1, 2, 8), abstract(3, 2, 3))
+
+
 def test_products_of_the_head_by_hand():
     """One product forward, one again and two for gradients backward, over padded chunks."""
     ids = abstract(2, 32, dtype=jnp.int32)
@@ -118,6 +168,34 @@ def test_devices_of_a_collective_in_every_form_that_xla_writes(groups, size):
     line = f"  %g = f32[8,8]{{1,0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     text = "ENTRY %main (p: f32[2,8]) -> f32[8,8] {\n" + line + "\n}\n"
     assert collective_bytes(text).get("all-gather", 0) == 8 * 8 * 4 * (size - 1) // size
+
+
+F1000, F250 = "f32[1000]{0:T(1024)S(1)}", "f32[250]{0:T(256)}"
+
+
+@pytest.mark.parametrize(
+    ("result", "call", "want"),
+    [
+        # Of four devices; sums go there and back.
+        ("f32[1000]{0}", "all-reduce-start(%a)", 2 * 4000 * 3 // 4),
+        (f"({F1000}, {F250}, {F1000})", "all-reduce-start(%a, %b, %c)", 2 * 9000 * 3 // 4),
+        (f"({F250}, {F1000})", "all-gather-start(%a)", 4000 * 3 // 4),
+        (f"(({F250}, {F250}), ({F1000}, {F1000}))", "all-gather-start(%a, %b)", 8000 * 3 // 4),
+        (f"(({F1000}, {F1000}), ({F250}, {F250}))", "reduce-scatter-start(%a, %b)", 2000 * 3),
+        (f"(({F1000}), {F250}, u32[]{{:S(2)}})", "reduce-scatter-start(%a)", 1000 * 3),
+        (
+            f"(({F1000}, /*index=1*/{F1000}), ({F1000}, {F1000}), u32[])",
+            "all-to-all-start(%a, %b)",
+            8000 * 3 // 4,
+        ),
+        (f"({F1000}, {F1000}, u32[]{{:S(2)}}, u32[])", "collective-permute-start(%a)", 4000),
+        (f"(({F1000}, {F250}), ({F1000}, {F250}), u32[])", "collective-permute-start(%a, %b)", 5000),
+    ],
+)
+def test_an_asynchronous_start_receives_all_of_its_results(result, call, want):
+    line = f"  %s = {result} {call}, channel_id=1, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
+    kind = call.partition("-start")[0]
+    assert collective_bytes("ENTRY %m (p: f32[2]) -> f32[8] {\n" + line + "\n}\n") == {kind: want}
 
 
 def test_devices_in_an_unknown_form_are_refused():

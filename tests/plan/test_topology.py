@@ -3,12 +3,17 @@
 import importlib.util
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from opd_jax.lab import student, teacher
 from opd_jax.model import make_mesh
 from opd_jax.plan import devices_of
 from opd_jax.plan.command import plan
+from opd_jax.plan.programs import _why
+from opd_jax.plan.topology import memory_of
 from tests.conftest import tiny_config
 
 pytestmark = [
@@ -26,10 +31,29 @@ def test_a_mesh_may_split_an_axis_of_the_torus(topology, axes):
     assert len({device.id for device in mesh.devices.flat}) == mesh.size
 
 
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_memory_of_a_device_is_what_the_compiler_has_of_it(topology):
+    device = devices_of(topology)[0]
+    memory = memory_of(device)
+
+    def why(size):
+        """What the compiler says of reading and writing this many bytes."""
+        row = jax.ShapeDtypeStruct((size // 2 // 4,), jnp.float32, sharding=SingleDeviceSharding(device))
+        try:
+            jax.jit(lambda x: x + 1).lower(row).compile()
+        except jax.errors.JaxRuntimeError as error:
+            return _why(str(error))
+
+    assert why(int(0.99 * memory)) is None
+    said = why(int(1.02 * memory))
+    assert said.endswith(f"exceeds available HBM ({memory / 2**30:.2f}G)")
+    assert len(said) < 80
+
+
 def test_the_programs_of_a_run_compile_for_a_tpu():
     config = tiny_config("--mesh.fsdp=4", "--model.compute_dtype=bfloat16", "--sampling.prompts=8")
     programs, memory, about = plan(config, str(student()), str(teacher()), "v5e:2x2")
-    assert memory == 16 * 2**30
+    assert memory == 15.75 * 2**30
     assert "4 of 4 devices, TPU v5 lite" in about
     for program in programs:
         assert not program.error
