@@ -308,15 +308,35 @@ def test_a_torn_shard_is_refused(folder):
         load_pretrained(folder)
 
 
-def test_a_stored_head_of_a_tied_model_of_another_shape_is_refused_unread(tmp_path, small, reads):
+def store_head(folder, head):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": head(tensors)}, folder / "model.safetensors")
+
+
+@pytest.fixture
+def tied_folder(tmp_path, small):
     config, params = small
     tied = dataclasses.replace(config, tie_word_embeddings=True)
     save_pretrained(tmp_path, tied, {name: value for name, value in params.items() if name != "head"})
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": np.ones((24, 40), np.float32)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_stored_head_of_a_tied_model_is_read_once_in_pieces_and_not_kept(tied_folder, reads, monkeypatch):
+    monkeypatch.setattr(hf_load, "READ_BYTES", 2_000)
+    _, without_head = load_pretrained(tied_folder)
+    store_head(tied_folder, lambda tensors: tensors["model.embed_tokens.weight"])
+    _, loaded = load_pretrained(tied_folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded, without_head)
+    rows = [np.arange(40)[index] for name, index in reads if name == "lm_head.weight"]
+    np.testing.assert_array_equal(np.concatenate(rows), np.arange(40))
+    assert max(2 * len(part) * 24 * 8 for part in rows) <= 2_000  # with the embedding beside it
+
+
+def test_a_misshapen_head_of_a_tied_model_is_refused_unread(tied_folder, reads):
+    store_head(tied_folder, lambda tensors: np.ones((24, 40), np.float32))
     with pytest.raises(InputError, match=r"lm_head.weight of .* is \(24, 40\), not \(40, 24\)"):
-        load_pretrained(tmp_path)
-    assert "lm_head.weight" not in dict(reads)
+        load_pretrained(tied_folder)
+    assert not reads
 
 
 @pytest.mark.slow
