@@ -111,6 +111,26 @@ def test_two_processes_train_as_one(tmp_path, one, split):
     np.testing.assert_allclose(student["embed"], wanted["embed"], atol=2e-3)
 
 
+PARTS = "import runpy; runpy.run_module('tests.train.two_processes', run_name='__main__'); raise SystemExit"
+
+
+@pytest.mark.slow
+def test_a_state_comes_back_from_the_host_and_the_first_speaks_to_both():
+    for status, said in ended(start_two([], first=PARTS, second=PARTS), 120):
+        assert status == 0, said
+        assert "{'scalar': 14, 'split': [0.0, 2.0, 4.0, 6.0], 'whole': [0.0, 2.0, 4.0]}" in said
+        assert "['told', True]" in said
+        assert "no: naïve" in said
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_does_not_leave_the_other_waiting():
+    (first, said), (second, _) = ended(start_two(["break"], first=PARTS, second=PARTS), 120)
+    assert first == 1
+    assert second != 0
+    assert "RuntimeError: broken" in said
+
+
 @pytest.mark.slow
 def test_what_the_first_process_may_not_do_none_goes_on_without(tmp_path):
     (tmp_path / "run").mkdir()
