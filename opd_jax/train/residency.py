@@ -34,6 +34,10 @@ def _to_host(value: Any) -> Any:
         return value
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return jax.device_get(value)
+    if value.is_fully_replicated:  # its shards cannot be asked for if it came from one device
+        whole = jax.device_get(value)
+        pieces = [(device, whole) for device in value.sharding.addressable_devices]
+        return Pieces(value.shape, value.sharding, pieces)
     copies: dict[str, np.ndarray] = {}
     for shard in value.addressable_shards:
         if str(shard.index) not in copies:  # what is the same on several devices is kept once
