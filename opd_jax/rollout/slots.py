@@ -191,8 +191,8 @@ def make_sampler(
                 banned=banned,
             )
             alive = ~rows.done
-            # A row that is done reads its last token over and over, and what it draws is dropped.
-            place = jnp.arange(slots), jnp.where(alive, rows.drawn, max_response)
+            # A row that is done reads its last token over and over; what it draws falls behind its end.
+            place = jnp.arange(slots), rows.drawn
             drawn = rows.drawn + alive
             ended = jnp.isin(token, jnp.asarray(stops, jnp.int32)) | (drawn >= rows.limit)
             going_on = alive & ~ended
