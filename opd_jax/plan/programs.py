@@ -22,7 +22,7 @@ from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.rollout.score import make_ids_scorer, make_scorer, make_topk_scorer
 from opd_jax.rollout.slots import Group, Sampler, State, make_sampler, placement
-from opd_jax.train.choices import wanted_extras
+from opd_jax.train.choices import stored_extras
 from opd_jax.train.computing import adapter_of, row_width
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
@@ -72,7 +72,7 @@ def compile_programs(
     frozen = _placed(table, student, mesh, compute) if adapter else {}
     policy = on_top(frozen, state.params)
     taught = _placed(parameter_table(teacher), teacher, mesh, compute)
-    extras = wanted_extras(config)
+    extras = stored_extras(config)
     # An adapter stands on the student before training, which is then there already.
     base = _placed(table, student, mesh, "float32") if "reference" in extras and not adapter else {}
     kinds = {
@@ -183,7 +183,7 @@ def abstract_batch(config: Config, rows: int, width: int, mesh: Mesh) -> Batch:
     def array(dtype: Any, *last: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, width, *last), dtype, sharding=batch_sharding(mesh))
 
-    k, extras = config.loss.top_k, {*wanted_extras(config), *(["again"] if config.log.diagnose_every else [])}
+    k, extras = config.loss.top_k, stored_extras(config)
     ids, nats = array(jnp.int32), array(jnp.float32)
     of_student: dict[str, Any] = {}
     if "student_topk" in extras:

@@ -127,7 +127,7 @@ def decode(data: bytes) -> list[Rollout]:
     try:
         table = pq.read_table(io.BytesIO(data))
         names = [name for name in (*_ROLLOUT, *_SCORE) if name in table.column_names]
-        columns = {name: _values(name, table.column(name).combine_chunks()) for name in names}
+        columns = {name: values_of(name, table.column(name).combine_chunks()) for name in names}
         scored = "old_logprobs" in columns
         if _HIDDEN in columns:
             pairs = zip(columns[_HIDDEN], columns["response_ids"], strict=True)
@@ -167,8 +167,8 @@ def _column(name: str, values: Sequence[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(ends, inner)
 
 
-def _values(name: str, column: Any) -> Sequence[Any]:
-    """One value a row: a plain one, or an array ``[R]`` or ``[R, K]``."""
+def values_of(name: str, column: Any) -> Sequence[Any]:
+    """A column, one value a row: a plain one, or an array ``[R]`` or ``[R, K]``."""
     if name in _SCALARS:
         return column.to_pylist()
     if name == _HIDDEN:

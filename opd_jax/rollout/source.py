@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opd_jax.errors import InputError
+from opd_jax.rollout.schema import values_of
 from opd_jax.rollout.store import Rollout, Score
 
 _ROLLOUT = tuple(name for name in Rollout.__dataclass_fields__ if name != "score")
@@ -83,7 +84,7 @@ class RolloutSource:
         with _reading(file), pq.ParquetFile(file, metadata=self._metadata[number]) as reader:
             names = [name for name in reader.schema_arrow.names if name in self._wanted]
             table = reader.read_row_group(group, columns=names, use_threads=False)
-            columns = {name: _column(table[name]) for name in names}
+            columns = {name: values_of(name, table[name].combine_chunks()) for name in names}
         with self._lock:
             self._groups[place] = columns
             while len(self._groups) > self._held:
@@ -99,28 +100,6 @@ def _reading(file: Path) -> Iterator[None]:
         raise InputError(
             f"a shard must be a parquet file of rollouts: {file} is not ({error}); restore it"
         ) from None
-
-
-class _Lists:
-    """A column of lists: item i is an array, ``[R]`` or ``[R, K]``, and a view."""
-
-    def __init__(self, column: pa.ListArray) -> None:
-        self._ends = column.offsets.to_numpy()
-        values, self._wide = column.values, pa.types.is_list(column.type.value_type)
-        # Of lists of lists, the inner ones are of one size within a rollout.
-        self._inner = values.offsets.to_numpy() if self._wide else None
-        self._values = (values.values if self._wide else values).to_numpy(zero_copy_only=False)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        begin, end = self._ends[row], self._ends[row + 1]
-        if self._inner is None:
-            return self._values[begin:end]
-        return self._values[self._inner[begin] : self._inner[end]].reshape(end - begin, -1)
-
-
-def _column(column: pa.ChunkedArray) -> Any:
-    whole = column.combine_chunks()
-    return _Lists(whole) if pa.types.is_list(whole.type) else whole.to_pylist()
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout:

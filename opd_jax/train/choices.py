@@ -152,6 +152,16 @@ def wanted_extras(config: Config) -> dict[str, str]:
     return wanted
 
 
+def stored_extras(config: Config) -> set[str]:
+    """What scoring adds to the usual columns of a store: for losses and weights, for readings, for later."""
+    extras = set(wanted_extras(config))
+    if config.log.diagnose_every:
+        extras.add("again")  # for the null reading, which is left out where a round lacks it
+    if config.store.teacher_hidden:
+        extras.add("teacher_hidden")
+    return extras
+
+
 def base_loss(config: Config, fields: Fields) -> Array:
     """The unreduced loss ``[B, T]`` that the config names, its terms included."""
     members = bound_members(config)

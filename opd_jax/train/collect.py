@@ -34,7 +34,7 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.scratch import Scratch, clear_work
 from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
-from opd_jax.train.choices import needs_groups, wanted_extras
+from opd_jax.train.choices import needs_groups, stored_extras
 from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout, parts_of
@@ -84,28 +84,28 @@ def sample_round(run: Run, stop: Stop) -> None:
     is not drawn again.
     """
     round_, config = len(run.rollouts.rounds), run.config
+    run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     # A sum over all devices, so all processes take part.
     made_by = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
     with _writing(run.rollouts):
-        stored = _found(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
-        done = {(rollout.problem, rollout.sample) for rollout in stored}
+        rollouts = _found(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
+        done = {(rollout.problem, rollout.sample) for rollout in rollouts}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
         for finished in _batches(_drawn(run, round_, left), config.sampling.slots):
             first_alone(functools.partial(run.rollouts.append, finished, **made_by))
+            rollouts += finished
             if stop():
                 raise Interrupted
-
-        def seal() -> None:
-            rollouts = run.rollouts.pending(round_, **made_by)
-            run.rollouts.seal(
+        first_alone(
+            functools.partial(
+                run.rollouts.seal,
                 round_,
                 **made_by,
                 reward=float(np.mean([rollout.reward for rollout in rollouts])),
                 truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
             )
-
-        first_alone(seal)
+        )
 
 
 def _batches(drawn: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
@@ -192,11 +192,7 @@ def score_round(run: Run, stop: Stop) -> None:
     rollouts = _as_drawn(run, round_)
     vocabularies = {"student": run.model.vocab_size, "teacher": run.teacher_model.vocab_size}
     check_rollouts(rollouts, vocabularies)
-    extras = set(wanted_extras(config))
-    if config.log.diagnose_every:
-        extras.add("again")  # for the null reading, which is left out where a round lacks it
-    if config.store.teacher_hidden:
-        extras.add("teacher_hidden")
+    extras = stored_extras(config)
     parts = parts_of_round(config, round_, rollouts, run.width)
     rows = [
         rows_of([rollouts[index] for index in chosen], run.width, counts=counts) for chosen, counts in parts

@@ -38,7 +38,6 @@ def server_engine(run: Run) -> ServerEngine:
             "process, or use engine.kind=jax"
         )
     sampling, engine = run.config.sampling, run.config.engine
-    run.make_room("policy")
     folder = run.folder / "policy"
     write_policy(run, folder)
     check_folder(folder)

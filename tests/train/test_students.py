@@ -13,7 +13,7 @@ from opd_jax.errors import InputError
 from opd_jax.lab import student
 from opd_jax.model import Qwen3Config, forward, init_params, load_pretrained, save_pretrained
 from opd_jax.tasks import TOKENIZER_FILES
-from opd_jax.train.loop import distill, export_student
+from opd_jax.train.loop import distill, do_part, export_student
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
 from tests.conftest import tiny_config
@@ -79,6 +79,14 @@ def test_one_model_at_a_time_gives_the_same_bits(plain, adapted, tmp_path, lora)
     for a, b in zip(leaves(run.state.params), leaves(together.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert "teacher" not in vars(run)
+
+
+def test_the_optimizer_waits_on_the_host_while_the_next_round_is_drawn(tmp_path):
+    run = open_run(tmp_path / "run", tiny_config("--schedule.rounds=2", "--model.residency=sequential"))
+    for part in ("sample", "score", "train", "sample"):
+        do_part(run, part, lambda line: None, never)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(run.state.opt_state))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(run.state.params))
 
 
 @pytest.fixture(scope="module")
