@@ -10,6 +10,7 @@ devices has no such remedy: its gradient comes out n-fold under pmap, and right 
 """
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -51,7 +52,14 @@ READINGS = [
     {"scope": "minibatch", "reduction": "seq_mean_token_mean", "statistic": "rms", "map": "clipped_exp"},
 ]
 segmenters = pytest.mark.parametrize("segmenter", SEGMENTS)
-devices = pytest.mark.parametrize("n", [1, 2, 8])
+# Of each reading but the first, blocks stand for all segments.
+cases = pytest.mark.parametrize(
+    ("segmenter", "reading"),
+    [
+        pytest.param(name, reading, marks=[pytest.mark.slow] if reading and name != "blocks" else [])
+        for name, reading in itertools.product(SEGMENTS, range(len(READINGS)))
+    ],
+)
 
 
 def current(theta, batch):
@@ -117,8 +125,7 @@ def test_micro_batches(n, segmenter):
     check((whole.weighted / divisor(whole), slope / divisor(whole)), wanted(segmenter))
 
 
-@segmenters
-@pytest.mark.parametrize("reading", range(3))
+@cases
 def test_padding_to_twice_the_length(segmenter, reading):
     def padded(x):
         fill = np.nan if x.dtype == np.float32 else 0
@@ -129,9 +136,8 @@ def test_padding_to_twice_the_length(segmenter, reading):
     check(found(THETA, batch, segmenter, reading), wanted(segmenter, reading))
 
 
-@segmenters
-@pytest.mark.parametrize("reading", range(3))
-@pytest.mark.parametrize("together", [2, 4])
+@cases
+@pytest.mark.parametrize("together", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_packing_several_sequences_in_a_row(segmenter, reading, together):
     shape = ROWS // together, together * LENGTH
     batch = {name: x.reshape(*shape, *x.shape[2:]) for name, x in wide_batch().items()}
@@ -167,8 +173,13 @@ def by_pmap(segmenter, reading, n):
     return [x[0] for x in got]
 
 
-@devices
-@pytest.mark.parametrize("reading", range(3))
+@pytest.mark.parametrize(
+    ("reading", "n"),
+    [
+        pytest.param(reading, n, marks=[pytest.mark.slow] if reading and n < 8 else [])
+        for reading, n in itertools.product(range(len(READINGS)), (1, 2, 8))
+    ],
+)
 @pytest.mark.parametrize(
     "spread",
     [by_jit, by_shard_map, functools.partial(by_shard_map, check_vma=False), by_pmap],

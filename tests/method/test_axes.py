@@ -82,26 +82,35 @@ GLOBAL = {
 }
 
 
-@pytest.mark.parametrize("function", GLOBAL.values(), ids=GLOBAL)
-def test_what_takes_an_axis_is_global_over_it(function):
-    batch = wide_batch()
+@pytest.fixture(scope="module")
+def found():
+    """All of them as one program a way: over the whole batch, over its halves, and mapped over rows."""
 
     def everywhere(batch, name=None):
-        return jnp.broadcast_to(function(batch, name), batch["mask"].shape)
+        shape = batch["mask"].shape
+        return {key: jnp.broadcast_to(function(batch, name), shape) for key, function in GLOBAL.items()}
 
-    want = jax.jit(everywhere)(batch)
-    halves = [{n: x[rows] for n, x in batch.items()} for rows in (np.s_[:4], np.s_[4:])]
-    local = jnp.concatenate([jax.jit(everywhere)(half) for half in halves])
-    mapped = functools.partial(everywhere, name="rows")
-    got = jax.jit(jax.shard_map(mapped, mesh=mesh(4), in_specs=SPLIT, out_specs=SPLIT))(batch)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    batch, mapped = wide_batch(), functools.partial(everywhere, name="rows")
+    whole = jax.jit(everywhere)
+    halves = [whole({n: x[rows] for n, x in batch.items()}) for rows in (np.s_[:4], np.s_[4:])]
     parts = {n: x.reshape(4, 2, *x.shape[1:]) for n, x in batch.items()}
-    got = jax.pmap(mapped, axis_name="rows", devices=jax.devices()[:4])(parts).reshape(want.shape)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    sharded = jax.device_put(batch, NamedSharding(mesh(4), SPLIT))
-    np.testing.assert_allclose(jax.jit(everywhere)(sharded), want, rtol=1e-5, atol=1e-6)
-    if function is not GLOBAL["clip_weights sequence"]:
-        assert not np.allclose(local, want, rtol=1e-3)  # halves alone are another matter
+    by_pmap = jax.pmap(mapped, axis_name="rows", devices=jax.devices()[:4])(parts)
+    return {
+        "whole": whole(batch),
+        "halves": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves),
+        "shard_map": jax.jit(jax.shard_map(mapped, mesh=mesh(4), in_specs=SPLIT, out_specs=SPLIT))(batch),
+        "pmap": jax.tree.map(lambda x: x.reshape(batch["mask"].shape), by_pmap),
+        "sharded": whole(jax.device_put(batch, NamedSharding(mesh(4), SPLIT))),
+    }
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_what_takes_an_axis_is_global_over_it(found, name):
+    want = found["whole"][name]
+    for way in ("shard_map", "pmap", "sharded"):
+        np.testing.assert_allclose(found[way][name], want, rtol=1e-5, atol=1e-6, err_msg=way)
+    if name != "clip_weights sequence":
+        assert not np.allclose(found["halves"][name], want, rtol=1e-3)  # halves alone are another matter
 
 
 def test_a_microbatch_is_what_one_device_holds():

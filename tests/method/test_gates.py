@@ -1,5 +1,7 @@
 """The gate against loops, its limits, and what may never reach it."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -62,9 +64,13 @@ def test_drift_and_scores_are_the_formulas(statistic, cur, old, packing):
     close(compiled(segment_score, statistic=statistic)(np.where(left, d, np.nan), left, segments), want)
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-@pytest.mark.parametrize("map", MAPS)
-@pytest.mark.parametrize("scope", [*SCOPES, "none"])
+@pytest.mark.parametrize(
+    ("statistic", "map", "scope"),
+    [
+        pytest.param(*case, marks=[] if "minibatch" in case or "rms" in case else [pytest.mark.slow])
+        for case in itertools.product(STATISTICS, MAPS, (*SCOPES, "none"))
+    ],
+)
 @fewer
 @given(typical(-3, 0), typical(-3, 0), packings())
 def test_gates_and_weights_are_the_printed_formulas(scope, map, statistic, cur, old, packing):

@@ -61,15 +61,17 @@ MIXTURE = dataclasses.replace(
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 
 
+QUICK = [(DENSE, (2, 2, 2)), (MIXTURE, (2, 2, 2)), (MIXTURE, (1, 2, 2, 2)), (TIED, (1, 2, 4))]
+REST = [
+    *itertools.product((DENSE, MIXTURE), [(8, 1, 1), (2, 4, 1), (1, 2, 4)]),
+    (MIXTURE, (1, 1, 1, 8)),
+    (DENSE, (1, 1, 2, 2)),
+]
+
+
 @pytest.mark.parametrize(
     ("config", "shape"),
-    [
-        *itertools.product((DENSE, MIXTURE), [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]),
-        (TIED, (1, 2, 4)),
-        (MIXTURE, (1, 1, 1, 8)),
-        (MIXTURE, (1, 2, 2, 2)),
-        (DENSE, (1, 1, 2, 2)),
-    ],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else "mixture" if x.num_experts else "dense",
 )
 def test_sharded_equals_unsharded(config, shape):

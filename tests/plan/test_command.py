@@ -49,6 +49,7 @@ def test_a_plan_counts_what_lies_on_a_device(tmp_path, capsys, counts):
     assert "attention kernel xla" in said
 
 
+@pytest.mark.slow
 def test_what_a_loss_asks_of_the_store_is_planned_too(tmp_path, counts):
     more = (
         "--loss.kind=student_topk --loss.student_k=4 --loss.terms=[reference_kl] --loss.kl_weight=1".split()

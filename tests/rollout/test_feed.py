@@ -266,6 +266,7 @@ def test_what_cannot_be_fed_is_refused(shards):
         order(shards, widths=[9])
 
 
+@pytest.mark.slow
 def test_the_measurement_small(tmp_path):
     """Processes of their own: one reads an epoch, two read its halves."""
     asked = "--rollouts=600 --tokens=256 --rows=4 --width=512 --window=64 --ragged".split()

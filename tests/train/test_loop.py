@@ -68,7 +68,7 @@ def test_part_by_part_in_fresh_processes_worth_of_state_is_the_loop(finished, tm
     same_bits(finished, open_run(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
+@pytest.mark.parametrize("stop_at", [6, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4))])
 def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, stop_at):
     run = open_run(tmp_path / "cut", tiny_config(*WHOLE))
     seen = []
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, stop_at)
     same_bits(finished, again)
 
 
-@pytest.mark.parametrize("killed_at", [3, 6])
+@pytest.mark.parametrize("killed_at", [6, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_forgets_the_updates_it_did_not_save(finished, tmp_path, killed_at):
     run = open_run(tmp_path / "killed", tiny_config(*WHOLE))
     seen = []
@@ -259,11 +259,17 @@ def test_where_and_how_long_a_run_is_computed_may_change(finished, tmp_path):
     ("segments", "loss"),
     [
         ("none", "sampled_token"),
-        ("token", "sampled_token"),
-        ("newline", "sampled_token"),
-        ("sequence", "sampled_token"),
-        ("block", "teacher_topk"),
-        ("none", "teacher_topk"),
+        ("newline", "teacher_topk"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("token", "sampled_token"),
+                ("newline", "sampled_token"),
+                ("sequence", "sampled_token"),
+                ("block", "teacher_topk"),
+                ("none", "teacher_topk"),
+            )
+        ),
     ],
 )
 def test_arms_share_prompts_noise_and_first_update(finished, tmp_path, loss, segments):
@@ -280,7 +286,7 @@ def test_arms_share_prompts_noise_and_first_update(finished, tmp_path, loss, seg
         assert (line["effective_token_ratio"] == 1.0) == (segments == "none")
 
 
-@pytest.mark.parametrize("surrogate", ["is", "reinforce"])
+@pytest.mark.parametrize("surrogate", ["is", pytest.param("reinforce", marks=pytest.mark.slow)])
 def test_other_surrogates_train(tmp_path, surrogate):
     config = tiny_config(f"--loss.surrogate={surrogate}", "--loss.advantage=cur", "--schedule.rounds=1")
     run = open_run(tmp_path / "arm", config)
@@ -288,6 +294,7 @@ def test_other_surrogates_train(tmp_path, surrogate):
     assert all(np.isfinite(line["loss"]) for line in read_lines(run.metrics_file))
 
 
+@pytest.mark.slow
 def test_other_readings_of_the_paper_train(tmp_path, finished):
     """Per-sequence means and weights, and drift against the sampler's own log-probs."""
     config = tiny_config(

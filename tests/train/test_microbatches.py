@@ -213,7 +213,13 @@ def test_a_null_gate_may_act_on_rounding_alone(scored, read):
     assert float(clipped["null_weight_max"][0]) == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("drift gate", "family", "signs") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_parts_are_the_whole(scored, kind):
     run, batch = scored
     newline = jnp.zeros(run.model.vocab_size, bool)
@@ -247,7 +253,13 @@ def test_parts_take_rows_in_turn():
 
 @pytest.mark.parametrize(
     ("kind", "devices"),
-    [("drift gate", 1), ("drift gate", 2), ("drift gate", 8), ("family", 8), ("groups", 8)],
+    [
+        ("drift gate", 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("drift gate", 1), ("drift gate", 2), ("family", 8), ("groups", 8))
+        ),
+    ],
 )
 def test_replicated_steps_are_the_step(scored, devices, kind):
     run, batch = scored

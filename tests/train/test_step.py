@@ -14,7 +14,9 @@ from opd_jax.train.step import init_state, make_train_step, state_shardings
 from tests.conftest import tiny_config
 
 
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (2, 2, 1), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in ((4, 1, 1), (1, 8, 1)))]
+)
 def test_more_devices_give_the_same_updates(finished, tmp_path, mesh):
     config = tiny_config(
         *(f"--mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh, strict=True))

@@ -116,7 +116,7 @@ def mixture(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_is_trained_and_says_how_it_routes(mixture, tmp_path, parts):
     run, lines = trained(tmp_path / "run", f"--model.student={mixture}", f"--schedule.microbatches={parts}")
     assert lines[0]["drift_max"] == 0
@@ -136,6 +136,7 @@ def test_an_adapter_that_does_not_fit_leaves_no_run_behind(mixture, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_experts_on_an_axis_of_their_own_give_the_same_updates(mixture, tmp_path):
     _one, want = trained(tmp_path / "one", f"--model.student={mixture}", "--log.rows=0")
     many, got = trained(

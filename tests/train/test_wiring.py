@@ -1,5 +1,7 @@
 """That every setting reaches the place it is meant for: steps, scores and samples against plain NumPy."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -89,8 +91,18 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("gate", "loss"),
+    [
+        ("newline, rms", "ppo"),
+        ("sequence scope", "top-K"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(GATES, LOSSES)
+            if case not in (("newline, rms", "ppo"), ("sequence scope", "top-K"))
+        ),
+    ],
+)
 def test_a_step_is_the_printed_formulas(scored, tmp_path, gate, loss):
     """Every reading of an update, from the models' dense log-probs and the float64 oracles."""
     config = tiny_config(f"--sampling.temperature={TEMPERATURE}", *GATES[gate], *LOSSES[loss])
@@ -153,7 +165,7 @@ def test_the_gradient_is_clipped_to_its_norm(scored, tmp_path):
     assert moved[0] < 1e-3 * moved[1]
 
 
-@pytest.mark.parametrize("temperature", [1.5, 3.0])
+@pytest.mark.parametrize("temperature", [1.5, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_evaluation_draws_by_its_own_settings(tmp_path, temperature):
     config = tiny_config(
         "--sampling.temperature=1.3",
