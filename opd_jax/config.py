@@ -228,6 +228,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1  # experts of a mixture; for all else one more way of splitting rows
+    spread_teacher: bool = False  # split the teacher's weights over data as well
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _check_addresses(config: Config) -> None:
 def _what_splits(config: Config, name: str, count: int, ways: int) -> str:
     """A mesh, and a round, that would do in the place of one whose rows do not split."""
     fewer = math.gcd(count, ways)
-    mesh = f"a mesh that splits rows {fewer} ways, the rest on mesh.tensor"
+    mesh = f"a mesh that splits rows {fewer} ways, the rest on mesh.tensor if that divides key-value heads"
     if name != "a microbatch":
         return f"a multiple of {ways}, or {mesh}"
     parts = config.schedule.minibatches * config.schedule.microbatches

@@ -28,7 +28,7 @@ from opd_jax.model.config import Qwen3Config
 from opd_jax.model.config_json import config_from_json
 from opd_jax.model.hf import hf_shape, hf_tensors
 from opd_jax.model.parameters import Parameter, parameter_table
-from opd_jax.model.sharding import param_shardings
+from opd_jax.model.sharding import RULES, Rules, param_shardings
 from opd_jax.types import Params
 
 INDEX = "model.safetensors.index.json"
@@ -41,7 +41,7 @@ Stored = Mapping[str, Any]  # tensors by name, unread; `tensor[rows, columns]` r
 
 
 def load_pretrained(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32
+    path: str | Path, *, mesh: Mesh | None = None, rules: Rules = RULES, dtype: Any = jnp.float32
 ) -> tuple[Qwen3Config, Params]:
     """Read a Qwen3 checkpoint folder.
 
@@ -50,7 +50,8 @@ def load_pretrained(
     Args:
       path: folder with ``config.json`` and one or more ``*.safetensors``; where an index lies beside
         them, only the files that it names are read.
-      mesh: where to place the parameters, by `sharding.RULES`; one device by default.
+      mesh: where to place the parameters; one device by default.
+      rules: how they lie on it, `sharding.RULES` or `sharding.SPREAD`.
       dtype: of the parameters.
 
     Returns:
@@ -68,7 +69,7 @@ def load_pretrained(
         )
     config = config_from_json(folder / "config.json")
     table = parameter_table(config)
-    shardings = traverse_util.flatten_dict(param_shardings(config, mesh)) if mesh else {}
+    shardings = traverse_util.flatten_dict(param_shardings(config, mesh, rules)) if mesh else {}
     with contextlib.ExitStack() as stack:
         stored = _open(folder, stack)
         check_tensors(stored, table, folder, extra=_tied_head(config))

@@ -1,4 +1,4 @@
-"""Where arrays live on the mesh: one table of rules from logical axes to mesh axes.
+"""Where arrays live on the mesh: rules from logical axes to mesh axes.
 
 The train step is plain ``jax.jit`` with NamedShardings. Parameters and inputs are placed by these
 rules, a handful of `constrain` calls pin the activations, and the compiler does the rest. Without a
@@ -8,6 +8,7 @@ mesh in context, or inside shard_map and pmap, `constrain` does nothing, so that
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # The mesh axes that rows are split over. Outside of experts, an expert axis is one more data axis.
 BATCH = ("data", "fsdp", "expert")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
     # parameters
     "layers": None,
     "vocab": "tensor",
@@ -42,6 +45,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "width": None,
     "support": None,
 }
+
+# Weights that are only read may lie otherwise: a teacher too large for one copy in each group of the data
+# axis is split over that axis too, and gathered a layer at a time. What is computed with follows RULES.
+SPREAD: Rules = {**RULES, "embed": ("data", "fsdp")}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *, devices: Any = None) -> Mesh:
@@ -74,9 +81,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *,
         return Mesh(laid_out, MESH_AXES, axis_types=kinds)
 
 
-def partition(*axes: str) -> PartitionSpec:
+def partition(*axes: str, rules: Rules = RULES) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical names."""
-    placed = [RULES[axis] for axis in axes]
+    placed = [rules[axis] for axis in axes]
     used = [name for place in placed for name in ((place,) if isinstance(place, str) else place or ())]
     if len(used) != len(set(used)):
         raise ValueError(f"two axes of one array fall on one mesh axis: {axes} -> {placed}")
@@ -131,20 +138,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(config: Qwen3Config, mesh: Mesh) -> dict:
+def param_shardings(config: Qwen3Config, mesh: Mesh, rules: Rules = RULES) -> dict:
     """NamedSharding of every parameter, as a nested dict like the parameters themselves.
 
     Raises:
       InputError: a dimension is not divisible by the mesh axes that it falls on.
     """
-    return table_shardings(parameter_table(config), mesh)
+    return table_shardings(parameter_table(config), mesh, rules)
 
 
-def table_shardings(table: Table, mesh: Mesh) -> dict:
+def table_shardings(table: Table, mesh: Mesh, rules: Rules = RULES) -> dict:
     """`param_shardings` of any table of parameters."""
     flat = {}
     for path, parameter in table.items():
-        spec = partition(*parameter.axes)
+        spec = partition(*parameter.axes, rules=rules)
         for size, axis, place in zip(parameter.shape, parameter.axes, spec, strict=True):
             names = (place,) if isinstance(place, str) else place or ()
             ways = math.prod(mesh.shape[name] for name in names)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 
 from opd_jax.config import Config
 from opd_jax.errors import InputError
-from opd_jax.model import Qwen3Config, make_mesh, preset
+from opd_jax.model import Qwen3Config, preset
 from opd_jax.model.config_json import read_model_config
 from opd_jax.model.presets import PRESETS
 from opd_jax.plan.programs import Program, compile_programs
 from opd_jax.plan.report import fits
 from opd_jax.plan.topology import GIB, devices_of, memory_of
 from opd_jax.train.choices import check_choices
-from opd_jax.train.computing import computed, kernel_of
+from opd_jax.train.computing import computed, kernel_of, mesh_of
 from opd_jax.train.run import Run
 from opd_jax.train.sources import model_folder
 
@@ -45,7 +44,7 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
     devices = devices_of(topology)
     if topology != "local":  # what was compiled for devices that are not here cannot be loaded again
         jax.config.update("jax_enable_compilation_cache", False)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    mesh = mesh_of(config, devices)
     models = model_of(student, "--model"), model_of(teacher, "--teacher")
     kernel = kernel_of(models[0], config, mesh)
     student_model, teacher_model = (computed(model, config, mesh) for model in models)

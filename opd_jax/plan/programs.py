@@ -17,13 +17,13 @@ from opd_jax.config import Config
 from opd_jax.model import Qwen3Config, param_shardings, parameter_table
 from opd_jax.model.lora import lora_table, on_top
 from opd_jax.model.parameters import Table, abstract_params
-from opd_jax.model.sharding import batch_sharding
+from opd_jax.model.sharding import RULES, Rules, batch_sharding
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.rollout.score import make_ids_scorer, make_scorer, make_topk_scorer
 from opd_jax.rollout.slots import Group, Sampler, State, make_sampler, placement
 from opd_jax.train.choices import stored_extras
-from opd_jax.train.computing import adapter_of, row_width
+from opd_jax.train.computing import adapter_of, row_width, teacher_rules
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
 from opd_jax.types import Batch, Rows, Signal
@@ -71,7 +71,7 @@ def compile_programs(
     state = abstract_state(trained, optimizer, shardings)
     frozen = _placed(table, student, mesh, compute) if adapter else {}
     policy = on_top(frozen, state.params)
-    taught = _placed(parameter_table(teacher), teacher, mesh, compute)
+    taught = _placed(parameter_table(teacher), teacher, mesh, compute, teacher_rules(config))
     extras = stored_extras(config)
     # An adapter stands on the student before training, which is then there already.
     base = _placed(table, student, mesh, "float32") if "reference" in extras and not adapter else {}
@@ -215,11 +215,11 @@ def bytes_on_device(tree: Any) -> int:
     )
 
 
-def _placed(table: Table, model: Qwen3Config, mesh: Mesh, dtype: str) -> Any:
+def _placed(table: Table, model: Qwen3Config, mesh: Mesh, dtype: str, rules: Rules = RULES) -> Any:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_params(table, jnp.dtype(dtype)),
-        param_shardings(model, mesh),
+        param_shardings(model, mesh, rules),
     )
 
 

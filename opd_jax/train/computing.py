@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -10,6 +11,7 @@ from opd_jax.config import Config, SamplingConfig
 from opd_jax.model import Qwen3Config
 from opd_jax.model.kernels import KernelChoice, choose_kernel
 from opd_jax.model.lora import LoraConfig
+from opd_jax.model.sharding import MESH_AXES, RULES, SPREAD, Rules, make_mesh
 
 FUSED = 128  # positions: fused kernels read rows in multiples of it
 
@@ -25,6 +27,17 @@ def computed(model: Qwen3Config, config: Config, mesh: Mesh) -> Qwen3Config:
         attention=kernel_of(model, config, mesh).name,
         lora_alpha=settings.lora.alpha,
     )
+
+
+def mesh_of(config: Config, devices: Any = None) -> Mesh:
+    """The mesh of a run, over the devices at hand unless others are named."""
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    return make_mesh(**sizes, devices=devices)
+
+
+def teacher_rules(config: Config) -> Rules:
+    """How the teacher's weights lie on the mesh."""
+    return SPREAD if config.mesh.spread_teacher else RULES
 
 
 def adapter_of(config: Config) -> LoraConfig | None:

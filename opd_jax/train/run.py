@@ -27,16 +27,17 @@ from flax import traverse_util
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.keys import stream
-from opd_jax.model import Qwen3Config, load_pretrained, make_mesh, param_shardings, parameter_table
+from opd_jax.model import Qwen3Config, load_pretrained, param_shardings, parameter_table
 from opd_jax.model.config_json import read_model_config, read_stop_ids
 from opd_jax.model.kernels import KernelChoice
 from opd_jax.model.lora import LoraConfig, init_lora, lora_table, on_top
 from opd_jax.model.parameters import Parameter
+from opd_jax.model.sharding import RULES, Rules
 from opd_jax.rollout.store import RolloutStore
 from opd_jax.tasks import Problem, load_tokenizer, newline_table, prompting_digest, tokenizer_digest
 from opd_jax.tasks.vocabulary import vocabulary_end
 from opd_jax.train.checkpoint import Checkpoints
-from opd_jax.train.computing import adapter_of, computed, kernel_of, row_width
+from opd_jax.train.computing import adapter_of, computed, kernel_of, mesh_of, row_width, teacher_rules
 from opd_jax.train.diagnose import Diagnose, make_diagnosis
 from opd_jax.train.identity import model_digest, problems_digest
 from opd_jax.train.metrics import read_lines
@@ -64,7 +65,7 @@ class Run:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(**dataclasses.asdict(self.config.mesh))
+        return mesh_of(self.config)
 
     # Models and text
 
@@ -104,7 +105,7 @@ class Run:
     @functools.cached_property
     def teacher(self) -> Params:
         _ = self.teacher_model
-        return self._load(self.teacher_folder, self.compute_dtype)
+        return self._load(self.teacher_folder, self.compute_dtype, teacher_rules(self.config))
 
     @property
     def compute_dtype(self) -> Any:
@@ -114,8 +115,8 @@ class Run:
     def lora(self) -> LoraConfig | None:
         return adapter_of(self.config)
 
-    def _load(self, folder: Path, dtype: Any) -> Params:
-        config, params = load_pretrained(folder, mesh=self.mesh, dtype=dtype)
+    def _load(self, folder: Path, dtype: Any, rules: Rules = RULES) -> Params:
+        config, params = load_pretrained(folder, mesh=self.mesh, rules=rules, dtype=dtype)
         if self.usable > config.vocab_size:
             raise InputError(
                 f"a model must know every id of the tokenizer: {folder} has {config.vocab_size}, the "

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import InputError
 from opd_jax.model import Qwen3Config, init_params, make_mesh, param_shardings, token_logprobs
-from opd_jax.model.sharding import batch_sharding, partition
+from opd_jax.model.sharding import RULES, SPREAD, batch_sharding, partition
 from opd_jax.rollout import make_rows
 
 
@@ -97,3 +97,26 @@ def test_sharded_equals_unsharded(config, shape):
         scale = float(jnp.abs(b).max())
         np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-5)
     assert jax.tree.map(lambda x: x.sharding.spec, got_gradient) == jax.tree.map(lambda x: x.spec, placed)
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_a_model_that_is_only_read_may_be_spread_over_data_too(config):
+    """The same log-probs, a share of the weights a device, and never all layers gathered at once."""
+    config, mesh = dataclasses.replace(config, num_hidden_layers=32), make_mesh(4, 1, 2)
+    params = init_params(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    rows = make_rows([rng.integers(40, size=3)] * 8, [rng.integers(40, size=n) for n in range(2, 10)], 12)
+    read = jax.jit(lambda params, rows: token_logprobs(params, rows, config))
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    told, share = {}, {}
+    for name, rules in (("own", RULES), ("spread", SPREAD)):
+        placed = jax.device_put(params, param_shardings(config, mesh, rules))
+        share[name] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed)) / whole
+        with jax.set_mesh(mesh):
+            split = jax.device_put(rows, batch_sharding(mesh))
+            told[name] = np.asarray(read(placed, split))
+            memory = read.lower(placed, split).compile().memory_analysis()
+    np.testing.assert_allclose(told["spread"], told["own"], atol=1e-5)
+    assert share["own"] > 0.5
+    assert share["spread"] < 0.3 * share["own"]
+    assert memory.temp_size_in_bytes < 0.2 * whole

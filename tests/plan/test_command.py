@@ -62,9 +62,12 @@ def test_what_a_loss_asks_of_the_store_is_planned_too(tmp_path, counts):
 
 
 def test_a_mesh_splits_it_and_one_model_at_a_time_leaves_the_other_out(tmp_path, counts):
-    _, programs = planned(tmp_path, "--mesh.fsdp=4", "--model.residency=sequential")
+    """The teacher may be split over the data axis too."""
+    wide = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.spread_teacher=true")
+    _, programs = planned(tmp_path, *wide, "--model.residency=sequential")
     train = programs["train"]
-    assert counts[0] < train["arguments"]["student"] < 1.1 * counts[0]  # norms are whole everywhere
+    assert 2 * counts[0] < train["arguments"]["student"] < 2.1 * counts[0]  # norms are whole everywhere
+    assert counts[1] < programs["score teacher"]["arguments"]["teacher"] < 1.1 * counts[1]
     assert train["beside"] == {}
     assert train["traffic"]["all-gather"] > 3 * counts[0]
 
