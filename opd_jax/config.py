@@ -76,7 +76,9 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StoreConfig:
-    """What is stored with rollouts, and whose rollouts are taken."""
+    """Where rollouts are stored and what with them, and whose rollouts are taken."""
+
+    at: str | None = None  # another folder than the run's own, or a URL: gs://bucket/run, s3://bucket/run
 
     teacher_hidden: bool = False  # the teacher's last hidden states, bf16: see rollout.score.full_logprobs
     # Rollouts of another student, tokenizer, temperature, ... are refused unless what differs is named here

@@ -20,6 +20,7 @@ from opd_jax.rollout import RolloutStore
 from opd_jax.settings import load_config
 from opd_jax.study.statistics import Interval, mean_interval, paired_difference
 from opd_jax.train.metrics import read_lines
+from opd_jax.train.run import store_path
 
 Numbers = dict[str, Any]
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -87,7 +88,8 @@ def _run(folder: Path, name: str) -> Numbers:
     for line in lines:
         per_round[line["round"]].append(line)
         per_position[line["update"] % config.schedule.updates_per_round].append(line)
-    rollouts, scored = RolloutStore(folder / "rollouts"), RolloutStore(folder / "scored")
+    rollouts = RolloutStore(store_path(folder, config, "rollouts"))
+    scored = RolloutStore(store_path(folder, config, "scored"))
     seconds: dict[str, float] = defaultdict(float)
     for timing in read_lines(folder / "timings.jsonl"):
         seconds[timing["part"]] += timing["seconds"]
@@ -176,9 +178,8 @@ def _graded(folders: Sequence[Path], names: Sequence[str]) -> dict[tuple[str, st
                 continue
             told = json.loads(read_text(latest.with_suffix(".json")))
             if kind != "arm":  # whose base or teacher it is must be the same for all
-                told[kind] = RolloutStore(folder / "scored").about_store.get(
-                    "student" if kind == "base" else kind
-                )
+                scored = RolloutStore(store_path(folder, _config(folder), "scored"))
+                told[kind] = scored.about_store.get("student" if kind == "base" else kind)
             judged_as = {**told, **(judged_as or {})}
             for setting, value in told.items():
                 if judged_as[setting] != value:

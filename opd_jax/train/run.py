@@ -2,7 +2,7 @@
 
 config.yaml     the resolved settings
 identity.json   digests of the models, the tokenizer and the problems it began with
-rollouts/       what the student sampled, a folder of shards a round
+rollouts/       what the student sampled, a folder of shards a round; elsewhere if store.at says so
 scored/         the same with old log-probs and the teacher's signal
 checkpoints/    training states
 metrics.jsonl   one line an update; timings.jsonl has the wall-clock times
@@ -53,6 +53,11 @@ from opd_jax.train.step import (
     state_shardings,
 )
 from opd_jax.types import Params
+
+
+def store_path(folder: Path, config: Config, name: Literal["rollouts", "scored"]) -> Path | str:
+    """Where a store of a run lies: in its folder, or where ``store.at`` says."""
+    return f"{config.store.at.rstrip('/')}/{name}" if config.store.at else folder / name
 
 
 @dataclasses.dataclass
@@ -185,7 +190,9 @@ class Run:
 
     @functools.cached_property
     def rollouts(self) -> RolloutStore:
-        return RolloutStore(self.folder / "rollouts", self.about, self.config.store.accept)
+        return RolloutStore(
+            store_path(self.folder, self.config, "rollouts"), self.about, self.config.store.accept
+        )
 
     @functools.cached_property
     def scored(self) -> RolloutStore:
@@ -194,7 +201,7 @@ class Run:
             "teacher": self.identity["teacher"],
             "top_k": self.config.loss.top_k,
         }
-        return RolloutStore(self.folder / "scored", about, self.config.store.accept)
+        return RolloutStore(store_path(self.folder, self.config, "scored"), about, self.config.store.accept)
 
     # Training state
 

@@ -1,5 +1,6 @@
 """The loop: what the first update sees, and that parts, interruptions and arms agree to the bit."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted
 from opd_jax.model import load_pretrained
 from opd_jax.rollout import make_rows
+from opd_jax.study.report import write_report
 from opd_jax.train.collect import draws_of_round, minibatch_plan, score_round
 from opd_jax.train.loop import (
     check_extras,
@@ -404,6 +406,27 @@ def test_rollouts_that_are_compared_share_a_minibatch():
     assert any(not np.array_equal(plans[0], plan) for plan in plans)
     apart = np.unique(minibatch_plan(tiny_config(), 0)[0] // 4, return_counts=True)[1]
     assert not (apart == 4).all()
+
+
+def test_rollouts_may_lie_in_an_object_store(finished, tmp_path):
+    config = tiny_config(*WHOLE, "--store.at=memory://bucket/run/")
+    run = open_run(tmp_path / "run", config)
+    seen = []
+    with pytest.raises(Interrupted):
+        distill(run, seen.append, lambda: len(seen) >= 5)
+    run.checkpoints.close()
+    again = open_run(tmp_path / "run")
+    distill(again, ignore, never)
+    assert not (again.folder / "rollouts").exists()
+    assert again.metrics_file.read_bytes() == finished.metrics_file.read_bytes()
+    for ours, theirs in ((again.rollouts, finished.rollouts), (again.scored, finished.scored)):
+        names = [[file.rpartition("/")[2] for file in store.files] for store in (ours, theirs)]
+        assert names[0] == names[1]  # which hold digests of their content
+    write_report([again.folder], tmp_path / "report.html")
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["rounds"][1]["reward"] >= 0
+    other = tiny_config(*WHOLE, "--store.at=memory://bucket/run", "--sampling.temperature=0.5")
+    with pytest.raises(InputError, match=r"memory://bucket/run/rollouts was written for 1\.0"):
+        distill(open_run(tmp_path / "other", other), ignore, never)
 
 
 def test_sampler_and_trainer_agree(finished):
