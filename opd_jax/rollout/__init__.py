@@ -2,10 +2,10 @@
 
 from opd_jax.rollout.engine import Engine, Generated, Request, in_order
 from opd_jax.rollout.jax_engine import JaxEngine, sample
+from opd_jax.rollout.objects import break_lock
 from opd_jax.rollout.rows import make_rows
 from opd_jax.rollout.slots import make_sampler
 from opd_jax.rollout.stops import stop_finder
-from opd_jax.rollout.storage import break_lock
 from opd_jax.rollout.store import Rollout, RolloutStore, Score
 
 __all__ = [

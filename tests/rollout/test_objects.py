@@ -12,8 +12,9 @@ import pytest
 
 from opd_jax.errors import InputError
 from opd_jax.rollout import RolloutStore, break_lock
+from opd_jax.rollout.objects import ObjectPlace, _bucket
 from opd_jax.rollout.scratch import Scratch, clear_work
-from opd_jax.rollout.storage import LOCK, ObjectPlace, _bucket
+from opd_jax.rollout.storage import LOCK
 from tests.rollout.test_store import ABOUT, rollouts, same
 
 pytest.importorskip("obstore", reason="object stores need opd_jax[objects]")
