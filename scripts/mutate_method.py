@@ -55,6 +55,11 @@ REASONS: dict[tuple[str, str, str], str] = {
         "jax.lax.pmax(low, axis_name)",
     ): "the score is 1 - (1 - h)(1 - k), and the low end scales 1 - h alone, which changes no order",
     ("segments.py", "start = (none, zero, zero, zero, none > 0)", "1"): "none is all zeros",
+    (
+        "controls.py",
+        "largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)",
+        "2.0",
+    ): "anything below every weight sorts last",
 }
 
 SWAPPED_CALLS = {

@@ -138,7 +138,7 @@ def tau_for_ratio(
 
     # 1 / mean is where the gate acts on typical drift, 30 e-folds around it on any.
     log_tau = _bisect(excess, jnp.full_like(mean, -30.0), jnp.full_like(mean, 30.0))
-    return jnp.where(drifts, jnp.exp(log_tau) / jnp.where(drifts, mean, 1.0), 0.0)
+    return jnp.where(drifts, jnp.exp(log_tau) / mean, 0.0)
 
 
 def _bisect(excess: Callable[[Array], Array], low: Array, high: Array) -> Array:

@@ -64,7 +64,6 @@ def tip(
     Array([[0., 0., 0., 0., 0., 1.],
            [1., 0., 1., 0., 0., 1.]], dtype=float32)
     """
-    entropy, kl = (masked(jax.lax.stop_gradient(x), mask) for x in (entropy, kl))
     highest = masked_quantile(entropy, mask, clip_quantile, axis_name)
     h = _min_max(jnp.minimum(entropy, highest), mask, axis_name)
     k = _min_max(kl, mask, axis_name)

@@ -124,6 +124,15 @@ def test_cusum_spans_find_a_shift_of_any_scale_and_nothing_in_steady_drift():
     np.testing.assert_array_equal(cusum_spans(jnp.zeros((1, 80)), mask, maximum=80)[0], [0] * 80)
 
 
+def test_a_sum_at_the_limit_does_not_exceed_it():
+    d = jnp.array([[-1.0, 1.0, 1.0, 1.0]])  # sums of 0, 1.5, 2
+    for limit, want in ((1.49, [0, 0, 1, 1]), (1.5, [0, 0, 0, 1]), (2.0, [0, 0, 0, 0])):
+        spans = cusum_spans(d, jnp.ones((1, 4)), limit=limit, minimum=1)
+        np.testing.assert_array_equal(spans[0], want)
+    for limit, want in ((1.49, [0, 0, 1, 1]), (1.5, [0, 0, 0, 1])):
+        np.testing.assert_array_equal(cusum_spans(-d, jnp.ones((1, 4)), limit=limit, minimum=1)[0], want)
+
+
 def test_a_hole_is_no_sample_of_the_drift():
     d = np.random.default_rng(1).normal(size=(1, 60))
     options = {"limit": 1.0, "minimum": 2, "maximum": 20}
