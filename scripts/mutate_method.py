@@ -56,6 +56,11 @@ REASONS: dict[tuple[str, str, str], str] = {
     ): "the score is 1 - (1 - h)(1 - k), and the low end scales 1 - h alone, which changes no order",
     ("segments.py", "start = (none, zero, zero, zero, none > 0)", "1"): "none is all zeros",
     (
+        "weights.py",
+        "share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)",
+        "2.0",
+    ): "any number but zero does: what it divides is not taken",
+    (
         "controls.py",
         "largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)",
         "2.0",

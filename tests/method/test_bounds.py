@@ -127,6 +127,14 @@ def test_tau_by_hand():
     assert tau_for_ratio(cur, cur + 1, jnp.zeros((1, 4)), jnp.full((1, 4), -1), 0.8) == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_without_drift_no_step_of_tau_is_nan(share):
+    """One that were would stop whoever debugs with jax_debug_nans."""
+    zero, mask = jnp.zeros((2, 6)), jnp.full((2, 6), share)
+    with jax.debug_nans(True):
+        assert tau_for_ratio(zero, zero, mask, jnp.zeros((2, 6), int), 0.8) == 0
+
+
 def test_no_gradient_flows_through_bounds():
     cur, old = jnp.array(np.random.default_rng(3).normal(size=(2, *SHAPE)))
     mask, value = jnp.ones(SHAPE), jnp.arange(SHAPE[1])

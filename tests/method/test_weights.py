@@ -98,6 +98,11 @@ def test_iw_opd_weighs_before_the_disagreement(old, tea, packing):
         close(got, oracle.iw_opd(old, tea, mask, 1.7, own))
 
 
+def test_without_disagreement_no_step_of_iw_opd_is_nan():
+    with jax.debug_nans(True):
+        assert (iw_opd(jnp.zeros((2, 6)), jnp.zeros((2, 6)), jnp.ones((2, 6)), largest=1.5) == 1.5).all()
+
+
 def test_prune_compares_sets_of_one_size():
     ids = jnp.ones((1, 2, 3), int)
     with pytest.raises(ValueError, match=r"of one size overlap by a share: got \(3, 2\)"):
