@@ -15,13 +15,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import logsumexp
 
 from opd_jax.errors import InputError
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import logits
 from opd_jax.model.sharding import everywhere
 from opd_jax.model.vocab import TopK, readout, token_logprobs, top_k_logprobs
-from opd_jax.rollout.rows import gather, make_rows, spread
+from opd_jax.rollout.rows import make_rows, spread
 from opd_jax.rollout.store import Rollout, Score
 from opd_jax.types import Batch, Params, Rows, Signal
 
@@ -100,23 +101,21 @@ def columns_of(teacher: TopK) -> dict[str, Any]:
     return {name: values for name, values in columns.items() if values is not None}
 
 
-def attach(rollouts: Sequence[Rollout], rows: Rows, columns: Mapping[str, Any]) -> list[Rollout]:
-    """Rollouts with the scores of their rows.
+def attach(rollouts: Sequence[Rollout], columns: Sequence[Mapping[str, Any]]) -> list[Rollout]:
+    """Rollouts with their scores.
 
     Args:
-      rollouts: in the order of their rows.
-      rows: ``[B, T]``, of one rollout or several each.
-      columns: of `Score` by name, ``[B, T]`` or ``[B, T, K]``; what the K leave out is added.
+      rollouts: R tokens each.
+      columns: of each, what is said of its tokens by the names of `Score`, ``[R]`` or ``[R, K]``; what the
+        teacher's K likeliest ids leave out is added.
     """
-    # What the K leave out; -expm1(log mass) keeps the digits of a small remainder.
-    logprobs = jnp.asarray(columns["teacher_topk_logprobs"])
-    outside = np.maximum(-np.expm1(jax.nn.logsumexp(logprobs, axis=-1)), 0.0)
-    columns = {**columns, "teacher_outside_mass": outside}
-    each = {name: gather(values, rows.mask, rows.sequence_ids) for name, values in columns.items()}
-    return [
-        dataclasses.replace(rollout, score=Score(**{name: values[index] for name, values in each.items()}))
-        for index, rollout in enumerate(rollouts)
-    ]
+    scored = []
+    for rollout, known in zip(rollouts, columns, strict=True):
+        # -expm1(log mass) keeps the digits of a small remainder.
+        mass = logsumexp(np.asarray(known["teacher_topk_logprobs"], np.float64), axis=-1)
+        outside = np.maximum(-np.expm1(mass), 0.0).astype(np.float32)
+        scored.append(dataclasses.replace(rollout, score=Score(**known, teacher_outside_mass=outside)))
+    return scored
 
 
 def batch_of(

@@ -1,49 +1,32 @@
-"""The first half of a round: sample rollouts from the student, and score them."""
+"""The first half of collecting a round: rollouts from the present student, graded and stored."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, TypeVar
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import grain
-import jax
 import numpy as np
 
 from opd_jax.config import Config
-from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import derived_seed, stream
-from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import first_alone, is_first, wait_for_all
 from opd_jax.rollout.engine import Request, in_order
-from opd_jax.rollout.rows import Packing, gather, spread
-from opd_jax.rollout.score import (
-    Scorer,
-    attach,
-    check_rollouts,
-    columns_of,
-    make_ids_scorer,
-    make_scorer,
-    make_topk_scorer,
-    mismatch,
-    null_drift,
-    rows_of,
-)
-from opd_jax.rollout.scratch import Scratch, clear_work
 from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
-from opd_jax.train.choices import needs_groups, stored_extras
+from opd_jax.train.choices import needs_groups
 from opd_jax.train.engines import engine_of
 from opd_jax.train.identity import params_digest
-from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
-from opd_jax.train.serving import server_engine, teacher_by_servers
-from opd_jax.types import Rows
+from opd_jax.train.serving import server_engine
 
 Found = TypeVar("Found")
-SHARD_ROWS = 256  # of a scored round in one file
+SECONDS = 5.0  # after which what servers have finished is stored
 
 
 def draws_of_round(config: Config, problems: Sequence[Problem], round_: int) -> list[tuple[Problem, int]]:
@@ -80,19 +63,20 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them.
 
-    Whenever ``sampling.slots`` of them are drawn they are stored; what a process that was killed had stored
-    is not drawn again.
+    Whenever ``sampling.slots`` of them are drawn they are stored, those of servers every few seconds; what
+    a process that was killed had stored is not drawn again.
     """
     round_, config = len(run.rollouts.rounds), run.config
     run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     # A sum over all devices, so all processes take part.
     made_by = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
-    with _writing(run.rollouts):
-        rollouts = _found(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
+    with writing(run.rollouts):
+        rollouts = found_by_all(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
         done = {(rollout.problem, rollout.sample) for rollout in rollouts}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
-        for finished in _batches(_drawn(run, round_, left), config.sampling.slots):
+        patience = SECONDS if config.engine.kind == "server" else math.inf
+        for finished in _batches(_drawn(run, round_, left), config.sampling.slots, patience):
             first_alone(functools.partial(run.rollouts.append, finished, **made_by))
             rollouts += finished
             if stop():
@@ -108,16 +92,22 @@ def sample_round(run: Run, stop: Stop) -> None:
         )
 
 
-def _batches(drawn: Iterator[Rollout], size: int) -> Iterator[list[Rollout]]:
-    """Rollouts ``size`` at a time; what was finished before an engine failed comes out first."""
+def _batches(drawn: Iterator[Rollout], size: int, patience: float) -> Iterator[list[Rollout]]:
+    """Rollouts ``size`` at a time, or those that came within so many seconds.
+
+    What was finished before an engine failed, or was interrupted, comes out first.
+    """
     batch: list[Rollout] = []
+    began = time.monotonic()
     try:
         for rollout in drawn:
             batch.append(rollout)
-            if len(batch) == size:
+            if len(batch) == size or time.monotonic() - began > patience:
                 yield batch
-                batch = []
-    except InputError:
+                batch, began = [], time.monotonic()
+    except GeneratorExit:  # nobody listens any more
+        raise
+    except BaseException:
         if batch:
             yield batch
         raise
@@ -154,7 +144,7 @@ def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Itera
 
 
 @contextlib.contextmanager
-def _writing(store: RolloutStore) -> Iterator[None]:
+def writing(store: RolloutStore) -> Iterator[None]:
     """The store's lock, for the process that writes."""
     with contextlib.ExitStack() as stack:
 
@@ -165,7 +155,7 @@ def _writing(store: RolloutStore) -> Iterator[None]:
         yield
 
 
-def _found(read: Callable[[], Found], what: str) -> Found:
+def found_by_all(read: Callable[[], Found], what: str) -> Found:
     """What lies on the disk, for all processes alike: the first reads before the others, and none writes."""
     found: list[Found] = []
     first_alone(lambda: found.append(read()))
@@ -173,181 +163,3 @@ def _found(read: Callable[[], Found], what: str) -> Found:
         found.append(read())
     wait_for_all(f"all found {what}")
     return found[0]
-
-
-def score_round(run: Run, stop: Stop) -> None:
-    """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts.
-
-    One model reads all rows before the next one does, so that they need not be in memory together. What a
-    model says of a micro-batch is kept as soon as it is said, and not asked again after a kill; the scored
-    rollouts are written, in the order they were drawn, once all is known.
-    """
-    round_, config = len(run.scored.rounds), run.config
-    told = run.rollouts.shard(round_)
-    if told["policy"] != params_digest(run.state.params):
-        raise InputError(
-            f"old log-probs are read by the policy that sampled: the student in {run.folder} is not "
-            f"the one that drew round {round_}; restore its checkpoint, or start a new run folder"
-        )
-    rollouts = _as_drawn(run, round_)
-    vocabularies = {"student": run.model.vocab_size, "teacher": run.teacher_model.vocab_size}
-    check_rollouts(rollouts, vocabularies)
-    extras = stored_extras(config)
-    parts = parts_of_round(config, round_, rollouts, run.width)
-    rows = [
-        rows_of([rollouts[index] for index in chosen], run.width, counts=counts) for chosen, counts in parts
-    ]
-    made_of = {
-        "about": run.scored.about,
-        "rollouts": [shard["sha256"] for shard in told["shards"]],
-        "parts": [[part.tolist() for part in pair] for pair in parts],
-        "extras": sorted(extras),
-        "student_k": config.loss.student_k,
-    }
-    columns: list[dict[str, Any]] = [{} for _ in parts]
-    with _writing(run.scored):
-        place = run.scored.place
-        if round_:  # of a process that was killed after it sealed
-            first_alone(lambda: clear_work(place, round_ - 1))
-        work = Scratch(place, round_, made_of)
-        pieces = _found(work.found, f"scores of {round_}")
-        for stage, read in _STAGES.items():
-            for index, (part, known) in enumerate(zip(rows, columns, strict=True)):
-                if (piece := pieces.pop(f"{stage}-{index:05d}", None)) is None:
-                    if stop():
-                        raise Interrupted
-                    said = read(run, part, extras, known)
-                    piece = {name: values[part.mask] for name, values in said.items()}
-                    if piece:
-                        first_alone(functools.partial(work.keep, f"{stage}-{index:05d}", piece))
-                known |= {name: spread([values], part.mask) for name, values in piece.items()}
-
-        def store() -> None:
-            _store_scores(run, round_, rollouts, parts, rows, columns, extras)
-            clear_work(place, round_)
-
-        first_alone(store)
-
-
-def _as_drawn(run: Run, round_: int) -> list[Rollout]:
-    """The rollouts of a round in the order of its draws, in whatever order they were finished."""
-    config, rollouts = run.config, run.rollouts.read(round_)
-    if len(rollouts) != config.sampling.prompts * config.sampling.samples:
-        raise InputError(
-            f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
-            f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
-        )
-    draws = draws_of_round(config, run.problems, round_)
-    place = {(problem.id, number): index for index, (problem, number) in enumerate(draws)}
-    return sorted(rollouts, key=lambda rollout: place.get((rollout.problem, rollout.sample), len(place)))
-
-
-def _store_scores(
-    run: Run,
-    round_: int,
-    rollouts: Sequence[Rollout],
-    parts: Sequence[Packing],
-    rows: Sequence[Rows],
-    columns: Sequence[dict[str, Any]],
-    extras: Collection[str],
-) -> None:
-    """Write the scored rollouts of a round, and seal it."""
-    scored: dict[int, Rollout] = {}
-    alike: dict[int, np.ndarray] = {}
-    for (chosen, _), part, known in zip(parts, rows, columns, strict=True):
-        if "alike" in known:
-            each = gather(known.pop("alike"), part.mask, part.sequence_ids)
-            alike.update(zip(chosen.tolist(), each, strict=True))
-        rounded = attach([rollouts[index] for index in chosen], part, known)
-        scored.update(zip(chosen.tolist(), rounded, strict=True))
-    in_order = [scored[index] for index in range(len(rollouts))]
-    run.scored.discard(round_)  # of a process that was killed here; all of it is in hand
-    for start in range(0, len(in_order), SHARD_ROWS):
-        run.scored.append(in_order[start : start + SHARD_ROWS])
-    run.scored.seal(
-        round_,
-        extras=sorted(extras),
-        mismatch=mismatch(in_order, [alike[index] for index in sorted(alike)] or None),
-        null_drift=null_drift(in_order),
-    )
-
-
-def _by_policy(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
-    """What the policy that sampled says of its own tokens."""
-    run.make_room("policy")
-    temperature = run.config.sampling.temperature
-    score, placed = make_scorer(run.model, temperature=temperature), on_mesh(rows, run.mesh)
-    found: dict[str, Any] = {"old_logprobs": score(run.policy, placed)}
-    # A sampler's log-probs may be of another temperature; they are compared with the trainer's at that one.
-    samplers = run.about["behaviour_logprob_temperature"]
-    if samplers != temperature:
-        found["alike"] = make_scorer(run.model, temperature=samplers)(run.policy, placed)
-    if "again" in extras:
-        found["again_logprobs"] = _again(run, rows, score)
-    if "student_topk" in extras:
-        score_topk = make_topk_scorer(
-            run.model, k=run.config.loss.student_k, temperature=temperature, usable=_usable(run)
-        )
-        student = score_topk(run.policy, placed)
-        found |= {"student_topk_ids": student.ids, "student_topk_logprobs": student.logprobs}
-    return jax.device_get(found)
-
-
-def _by_reference(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
-    """What the student before training says of them."""
-    if "reference" not in extras:
-        return {}
-    run.make_room("base")
-    score = make_scorer(run.model, temperature=run.config.sampling.temperature)
-    return {"reference_logprobs": jax.device_get(score(run.base, on_mesh(rows, run.mesh)))}
-
-
-def _by_teacher(run: Run, rows: Rows, extras: Collection[str], known: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's signal."""
-    if run.config.engine.teacher_urls:
-        return jax.device_get(columns_of(teacher_by_servers(run, rows, usable=_usable(run))))
-    run.make_room("teacher")
-    temperature, placed = run.config.sampling.temperature, on_mesh(rows, run.mesh)
-    score = make_topk_scorer(
-        run.teacher_model,
-        k=run.config.loss.top_k,
-        temperature=temperature,
-        usable=_usable(run),
-        hidden="teacher_hidden" in extras,
-    )
-    found = columns_of(score(run.teacher, placed))
-    if "student_topk" in extras:
-        score_ids = make_ids_scorer(run.teacher_model, temperature=temperature)
-        ids = on_mesh(known["student_topk_ids"], run.mesh)
-        found["student_topk_teacher_logprobs"] = score_ids(run.teacher, placed, ids)
-    return jax.device_get(found)
-
-
-_STAGES = {"policy": _by_policy, "reference": _by_reference, "teacher": _by_teacher}
-
-
-def _usable(run: Run) -> int:
-    """Only ids that every model knows and the tokenizer means something by."""
-    return min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
-
-
-def parts_of_round(config: Config, round_: int, rollouts: Sequence[Rollout], width: int) -> list[Packing]:
-    """Which rollouts are computed together, in scoring as in training: the micro-batches of a round."""
-    return [
-        part
-        for chosen in minibatch_plan(config, round_)
-        for part in parts_of(layout(config, chosen, rollouts, width), config.schedule.microbatches)
-    ]
-
-
-def _again(run: Run, rows: Rows, score: Scorer) -> np.ndarray:
-    """The log-probs that `score` gives for the same rows in halves and in reverse order."""
-    count = len(rows.tokens)
-    ways = run.config.mesh.data * run.config.mesh.fsdp * run.config.mesh.expert
-    size = count // 2 if count % 2 == 0 and (count // 2) % ways == 0 else count
-    backwards = jax.tree.map(lambda x: x[::-1], rows)
-    parts = [
-        score(run.policy, on_mesh(jax.tree.map(lambda x, at=at: x[at : at + size], backwards), run.mesh))
-        for at in range(0, count, size)
-    ]
-    return np.concatenate(jax.device_get(parts))[::-1]

@@ -28,13 +28,14 @@ from opd_jax.processes import agreed, first_alone, is_first
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
-from opd_jax.train.collect import minibatch_plan, sample_round, score_round
+from opd_jax.train.collect import minibatch_plan, sample_round
 from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.export import write_policy
 from opd_jax.train.layout import layout
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
 from opd_jax.train.run import Run
+from opd_jax.train.scoring import score_round
 from opd_jax.types import Rows
 
 Report = Callable[[dict], None]  # called after every update with its line of metrics

@@ -196,8 +196,11 @@ class Run:
 
     @functools.cached_property
     def scored(self) -> RolloutStore:
+        # Rollouts that were accepted by name keep saying what their log-probs are of.
+        kept = "behaviour_logprob_temperature"
         about = {
             **self.about,
+            kept: self.rollouts.about_store.get(kept, self.about[kept]),
             "teacher": self.identity["teacher"],
             "top_k": self.config.loss.top_k,
         }

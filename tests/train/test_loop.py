@@ -15,7 +15,7 @@ from opd_jax.interrupt import Interrupted
 from opd_jax.model import load_pretrained
 from opd_jax.rollout import make_rows
 from opd_jax.study.report import write_report
-from opd_jax.train.collect import draws_of_round, minibatch_plan, score_round
+from opd_jax.train.collect import draws_of_round, minibatch_plan
 from opd_jax.train.loop import (
     check_extras,
     counted_rows,
@@ -29,6 +29,7 @@ from opd_jax.train.loop import (
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import exclusive, open_run
 from opd_jax.train.run import Run
+from opd_jax.train.scoring import score_round
 from tests.conftest import tiny_config
 from tests.train.conftest import WHOLE, ignore, never
 

@@ -15,7 +15,7 @@ from opd_jax.rollout import Rollout, Score
 from opd_jax.rollout.rows import gather, lengths_of, pack
 from opd_jax.rollout.score import batch_of, make_scorer, rows_of
 from opd_jax.train.choices import SEGMENTS, base_loss, gate_options
-from opd_jax.train.collect import minibatch_plan, parts_of_round
+from opd_jax.train.collect import minibatch_plan
 from opd_jax.train.computing import kernel_of
 from opd_jax.train.fields import read_fields
 from opd_jax.train.identity import params_digest
@@ -24,6 +24,7 @@ from opd_jax.train.loop import distill, do_part
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
+from opd_jax.train.scoring import parts_of_round
 from opd_jax.train.step import init_state
 from tests.conftest import tiny_config
 from tests.train.conftest import ignore, never

@@ -1,6 +1,7 @@
 """Sampling and scoring go on where they were stopped, and end in the same files."""
 
 import dataclasses
+import functools
 import json
 import resource
 import shutil
@@ -14,11 +15,13 @@ from opd_jax.cli import main
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted
 from opd_jax.model import forward
+from opd_jax.rollout.rows import lengths_of
 from opd_jax.rollout.score import full_logprobs, rows_of
-from opd_jax.train import collect
+from opd_jax.train import collect, scoring
 from opd_jax.train.loop import check_extras, do_part
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
+from opd_jax.train.scoring import parts_by_length
 from tests.conftest import tiny_config
 from tests.train.conftest import ignore, never
 
@@ -93,12 +96,33 @@ def test_scoring_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, count):
     torn = kept()[0]
     torn.write_bytes(torn.read_bytes()[:-1])  # which is read again, alone
     read = []
-    for stage, honest in collect._STAGES.items():
-        monkeypatch.setitem(collect._STAGES, stage, lambda *a, s=stage, h=honest: (read.append(s), h(*a))[1])
+    for stage in ("policy", "reference", "teacher"):
+        honest = getattr(scoring, f"_by_{stage}")
+        counted = lambda *a, s=stage, h=honest: (read.extend([s] * len(a[2])), h(*a))[1]  # noqa: E731
+        monkeypatch.setattr(scoring, f"_by_{stage}", counted)
     do_part(open_run(run.folder), "score", ignore, never)
     left = [PIECES[0], *PIECES[count:]]
     assert read == [piece.split("-")[0] for piece in left]
     assert files(run, "scored") == files(whole, "scored")
+
+
+def test_a_teacher_reads_rollouts_of_like_length_together(whole, tmp_path, monkeypatch):
+    run = without(whole, tmp_path, "scored")
+    monkeypatch.setattr(scoring, "parts_by_length", functools.partial(parts_by_length, unit=22))
+    rollouts = run.rollouts.read(0)
+    lengths = lengths_of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    parts = scoring.parts_by_length(lengths, 4, run.width)
+    assert sorted(np.concatenate([part.packing.order for part in parts])) == list(range(16))
+    assert [part.width for part in parts] == [run.width, 44, 44, 44]
+    assert all(lengths[part.packing.order].max() <= part.width for part in parts)
+    do_part(run, "score", ignore, never)
+    for narrow, wide in zip(run.scored.read(0), whole.scored.read(0), strict=True):
+        np.testing.assert_array_equal(narrow.score.old_logprobs, wide.score.old_logprobs)
+        np.testing.assert_array_equal(narrow.score.teacher_topk_ids, wide.score.teacher_topk_ids)
+        for name in ("teacher_logprobs", "teacher_topk_logprobs", "teacher_entropy", "teacher_outside_mass"):
+            np.testing.assert_allclose(
+                getattr(narrow.score, name), getattr(wide.score, name), atol=2e-5, err_msg=name
+            )
 
 
 def test_scores_of_other_work_are_not_taken(whole, tmp_path, monkeypatch):

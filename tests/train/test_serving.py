@@ -11,7 +11,7 @@ from opd_jax.keys import stream
 from opd_jax.model import load_pretrained
 from opd_jax.rollout.rows import gather
 from opd_jax.rollout.score import make_scorer, make_topk_scorer, mismatch, rows_of
-from opd_jax.train import collect
+from opd_jax.train import collect, scoring
 from opd_jax.train.choices import check_choices
 from opd_jax.train.engines import engine_of
 from opd_jax.train.loop import do_part
@@ -117,7 +117,7 @@ def test_a_teacher_scored_by_servers_has_no_entropy_and_trains(tmp_path, monkeyp
         here = make_topk_scorer(run.teacher_model, k=5, temperature=1.0, usable=usable)(run.teacher, rows)
         return here.replace(entropy=None)
 
-    monkeypatch.setattr(collect, "teacher_by_servers", by_servers)
+    monkeypatch.setattr(scoring, "teacher_by_servers", by_servers)
     for part in ("sample", "score", "train"):
         do_part(run, part, ignore, never)
     rollout = run.scored.read(0)[0]
