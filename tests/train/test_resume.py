@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import resource
 import shutil
 from types import SimpleNamespace
@@ -123,6 +124,45 @@ def test_a_teacher_reads_rollouts_of_like_length_together(whole, tmp_path, monke
             np.testing.assert_allclose(
                 getattr(narrow.score, name), getattr(wide.score, name), atol=2e-5, err_msg=name
             )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_was_drawn_before_an_engine_broke_off_is_kept(whole, tmp_path, monkeypatch, error):
+    run = without(whole, tmp_path, "rollouts", "scored")
+
+    def breaking(engine, requests):
+        for count, drawn in enumerate(sorted(engine.draw(requests))):
+            if count == 6:
+                raise error
+            yield drawn
+
+    with monkeypatch.context() as patch:
+        drawing(patch, breaking)
+        with pytest.raises(error):
+            do_part(run, "sample", ignore, never)
+    assert len(open_run(run.folder).rollouts.pending(0)) == 6
+
+
+def test_what_servers_drew_is_stored_every_few_seconds(monkeypatch):
+    clock = iter(range(0, 100, 2))  # seconds
+    monkeypatch.setattr(collect.time, "monotonic", lambda: next(clock))
+    rollouts = list(range(12))
+    assert list(collect._batches(iter(rollouts), 100, 5.0)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert list(collect._batches(iter(rollouts), 8, math.inf)) == [rollouts[:8], rollouts[8:]]
+
+
+def test_accepted_rollouts_keep_saying_what_their_log_probs_are_of(whole, tmp_path):
+    """Drawn at temperature 1, by the same student, and taken by a run at another."""
+    accept = "--store.accept=[temperature=1.0,behaviour_logprob_temperature=1.0]"
+    config = tiny_config(*SHAPE, "--sampling.temperature=0.7", accept)
+    run = open_run(tmp_path / "run", config)
+    shutil.copytree(whole.folder / "rollouts", run.folder / "rollouts")
+    do_part(run, "score", ignore, never)
+    assert run.scored.about_store["behaviour_logprob_temperature"] == 1.0
+    assert run.scored.shard(0)["mismatch"]["max"] < 1e-4
+    asking = Run(run.folder, tiny_config("--sampling.temperature=0.7", "--loss.old_source=sampler", accept))
+    with pytest.raises(InputError, match=r"are of temperature 1\.0, the trainer's of 0\.7"):
+        check_extras(asking, 0)
 
 
 def test_scores_of_other_work_are_not_taken(whole, tmp_path, monkeypatch):
