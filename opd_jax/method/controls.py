@@ -146,7 +146,7 @@ def disagreement(
     Array([[1.  , 1.  , 0.5 , 0.5 , 0.4 , 0.4 ],
            [0.2 , 0.2 , 0.25, 0.25, 0.  , 0.  ]], dtype=float32)
     """
-    mean = segment_score(jax.lax.stop_gradient(score), mask, segments)
+    mean = segment_score(score, mask, segments)
     (table, valid), (scores, _) = _table(g, segments), _table(mean, segments)
     rows = table.shape[0]
     table, valid, scores = (_all_rows(x, axis_name) for x in (table, valid, scores))
