@@ -26,6 +26,16 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+def _path(text: str) -> Path:
+    """A path of this machine; of a URL, which Path would make a folder of, the user is told."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"files and run folders are of this machine: got {text}; name a path (only stores may be URLs: "
+            "store.at, import --out, inspect)"
+        )
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="opd",
@@ -37,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog = f"Settings are overridden by dotted names: --{settings}" if settings else None
         sub = commands.add_parser(name, help=help_, description=help_, epilog=epilog)
         if settings.startswith("gate"):
-            sub.add_argument("--config", type=Path, help="YAML or TOML file of settings")
+            sub.add_argument("--config", type=_path, help="YAML or TOML file of settings")
         return sub
 
     def shared(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -46,53 +56,53 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = shared(command("demo", "Distil the lab's student with and without the gate, and report."))
-    demo.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"), help="folder to fill")
+    demo.add_argument("run", nargs="?", type=_path, default=Path("runs/demo"), help="folder to fill")
     for name, help_ in (
         ("distill", "Do all rounds of a run, or go on with it."),
         ("sample", "Draw the next round's rollouts of a run."),
         ("score", "Attach old log-probs and the teacher's signal to them."),
         ("train", "Do the updates of the current round."),
     ):
-        shared(command(name, help_)).add_argument("run", type=Path, help="run folder")
+        shared(command(name, help_)).add_argument("run", type=_path, help="run folder")
     evaluate = shared(
         command("evaluate", "Judge a run's model on held-out problems.", settings="evaluation.samples 16")
     )
-    evaluate.add_argument("run", type=Path, help="run folder")
+    evaluate.add_argument("run", type=_path, help="run folder")
     evaluate.add_argument(
         "--of", choices=("student", "base", "teacher"), default="student", help="which model"
     )
     report = command("report", "Write a page of plots over one or more runs.", settings="")
-    report.add_argument("runs", type=Path, nargs="+", help="run folders")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
+    report.add_argument("runs", type=_path, nargs="+", help="run folders")
+    report.add_argument("--out", type=_path, default=Path("report.html"), help="page to write")
     plan = command("plan", "Compile a run's programs for devices, and say what they will take.")
     plan.add_argument("--topology", default="local", help="local, or a TPU topology such as v5e:16x16")
     plan.add_argument("--model", default="", help="the student: a published size, or a checkpoint folder")
     plan.add_argument("--teacher", default="", help="the teacher, likewise")
-    plan.add_argument("--json", type=Path, help="write the figures here, too")
+    plan.add_argument("--json", type=_path, help="write the figures here, too")
     problems = command("problems", "Make a training set without what evaluation asks.", settings="")
     problems.add_argument(
         "sources", nargs="+", metavar="FILE", help="problems: file, folder or hf:OWNER/NAME"
     )
     problems.add_argument("--against", nargs="+", metavar="FILE", default=[], help="evaluation problems")
-    problems.add_argument("--out", type=Path, required=True, help="JSON lines to write")
-    problems.add_argument("--report", type=Path, help="report to write, .json; readable beside it as .txt")
+    problems.add_argument("--out", type=_path, required=True, help="JSON lines to write")
+    problems.add_argument("--report", type=_path, help="report to write, .json; readable beside it as .txt")
     problems.add_argument(
         "--common", type=int, default=10, help="problems that may share words before they count as phrasing"
     )
     imported = command("import", "Make a store of rollouts that another trainer wrote down.", settings="")
     imported.add_argument("trainer", choices=("verl", "trl"), help="whose dump it is")
-    imported.add_argument("dump", type=Path, metavar="DUMP", help="file or folder")
-    imported.add_argument("--out", type=Path, required=True, help="store to write")
-    imported.add_argument("--tokenizer", type=Path, required=True, help="folder of the model's tokenizer")
+    imported.add_argument("dump", type=_path, metavar="DUMP", help="file or folder")
+    imported.add_argument("--out", required=True, help="store to write: a folder, or a URL")
+    imported.add_argument("--tokenizer", type=_path, required=True, help="folder of the model's tokenizer")
     imported.add_argument("--temperature", type=float, default=1.0, help="that the log-probs are of")
     imported.add_argument("--reward", default="", metavar="COLUMN", help="column of the reward")
     inspect = command("inspect", "Read drift and gate weights off a store, without training.")
-    inspect.add_argument("store", type=Path, help="scored or imported store")
+    inspect.add_argument("store", help="scored or imported store: a folder, or a URL")
     inspect.add_argument("--round", type=int, action="append", default=[], help="only this round")
-    inspect.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for gate.segments newline")
-    inspect.add_argument("--json", type=Path, help="write the figures here, too")
+    inspect.add_argument("--tokenizer", type=_path, help="folder of the tokenizer, for gate.segments newline")
+    inspect.add_argument("--json", type=_path, help="write the figures here, too")
     lab = command("lab", "Train the lab's models from nothing.", settings="")
-    lab.add_argument("--out", type=Path, required=True, help="folder to write")
+    lab.add_argument("--out", type=_path, required=True, help="folder to write")
     lab.add_argument("--root-seed", type=int, default=0, help="of problems, batches and initial weights")
     return parser
 

@@ -172,7 +172,8 @@ def _problems(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -
     )
     print(
         f"problems: {told['problems']:,} in {arguments.out}; left out {told['duplicates']:,} duplicates and "
-        f"{told['contaminated']:,} that evaluation asks; every pair in {report.with_suffix('.txt')}"
+        f"{told['contaminated']:,} that evaluation asks; kept {told['phrasing']:,} that share but common "
+        f"phrasing with it; every pair in {report.with_suffix('.txt')}"
     )
 
 

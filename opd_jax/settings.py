@@ -177,6 +177,12 @@ def check(config: Config) -> None:
             f"a stop string must have a character: sampling.stop is {list(config.sampling.stop)}; drop the "
             "empty one"
         )
+    for entry in config.store.accept:
+        if not entry.partition("=")[2]:
+            raise InputError(
+                f"what a store may differ in is named with its value: store.accept has {entry!r}; write "
+                f"{entry.rstrip('=')}=VALUE, as the refusal of the store says it"
+            )
     gate = config.gate
     if gate.span_maximum < gate.span_minimum:
         raise InputError(

@@ -72,6 +72,8 @@ def test_parts_by_command(sampled, capsys):
         (["report", "{tmp}/x"], "has no config.yaml"),
         (["report", "{tmp}", "--gate.block=3"], "takes no settings"),
         (["demo", "--mesh.data", "64", "{tmp}/x"], "mesh.data x mesh.fsdp x mesh.expert is 64"),
+        (["sample", "gs://bucket/x", *LAB], "run folders are of this machine: got gs://bucket/x"),
+        (["report", "gs://bucket/x"], "run folders are of this machine: got gs://bucket/x"),
         (["dream"], "invalid choice: 'dream'"),
         ([], "required: COMMAND"),
     ],

@@ -68,6 +68,8 @@ def test_toml_is_read_too(tmp_path):
         (["--schedule.minibatches=5"], "do not divide by 5"),
         (["--mesh.data=3"], "mesh.data x mesh.fsdp x mesh.expert is 3"),
         (["--gate.span_minimum=200"], "at least gate.span_minimum"),
+        (["--store.accept=[student]"], "store.accept has 'student'; write student=VALUE"),
+        (["--store.accept=[temperature=1.0,student=]"], "store.accept has 'student='"),
     ],
 )
 def test_bad_overrides_are_refused(overrides, message):

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 
 from opd_jax.config import ProblemsConfig
 from opd_jax.errors import InputError
-from opd_jax.tasks import encode_prompt, prompt_ids
+from opd_jax.tasks import encode_prompt, is_unicode, prompt_ids
 from opd_jax.tasks.tables import file_rows
 
 Trainer = Literal["verl", "trl"]
@@ -45,6 +45,7 @@ TEXTS = {"verl": ("input", "output"), "trl": ("prompt", "completion")}
 BEHAVIOUR = {"verl": ("rollout_log_probs",), "trl": ("sampling_per_token_logps", "logprobs")}
 OLD = {"verl": ("old_log_probs",), "trl": ("old_per_token_logps",)}
 REWARDS = ("score", "reward", "token_level_scores", "token_level_rewards")
+_LARGEST = float(np.finfo(np.float32).max)  # a reward that can be stored
 # Numbers that are no reward.
 _NO_REWARD = ("step", "advantage", "index")
 
@@ -144,24 +145,18 @@ def _dumped(where: str, file: Path, fields: Fields, trainer: Trainer, tokenizer:
                     f"token ids must be of the tokenizer: {where} has {ids.min()} to {ids.max()}, that has "
                     f"{len(tokenizer)} ids; name the model's own with --tokenizer"
                 )
-        step = fields.get("step")
-        numbers = _numbers(file)
-        if step is None and not numbers:
-            raise InputError(
-                f"a rollout must say its step: {where} does not, nor its file's name; add a column step"
-            )
-        group = fields.get("uid")
+        prompt, response = prompt.astype(np.int32), response.astype(np.int32)
         return Dumped(
             where=where,
-            step=int(np.asarray(step).item()) if step is not None else numbers[-1],
-            group=str(group) if group is not None else hashlib.sha256(prompt.tobytes()).hexdigest()[:16],
+            step=_step(where, file, fields),
+            group=_group(where, fields, prompt),
             prompt_ids=prompt,
             response_ids=response,
             behaviour=_per_token(where, behaviour, keep),
             old=_per_token(where, old, keep),
             reward=_reward(where, fields, reward),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -173,6 +168,41 @@ def _named(fields: Fields, names: Sequence[str]) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
+def _step(where: str, file: Path, fields: Fields) -> int:
+    """The step of a row: its own, which trl writes as text, or the last number of the file's name."""
+    numbers = _numbers(file)
+    step = fields.get("step")
+    if step is None and not numbers:
+        raise InputError(
+            f"a rollout must say its step: {where} does not, nor its file's name; add a column step"
+        )
+    text = str(numbers[-1] if step is None else np.asarray(step).item())
+    if not re.fullmatch(r"[0-9]+(\.0)?", text) or float(text) >= 2**31:
+        raise InputError(f"a step must be a whole number below 2^31: {where} has {text[:40]!r}; correct it")
+    return int(float(text))
+
+
+def _group(where: str, fields: Fields, prompt: np.ndarray) -> str:
+    uid = fields.get("uid")
+    if uid is None:
+        return hashlib.sha256(prompt.tobytes()).hexdigest()[:16]
+    if not is_unicode(str(uid)):
+        raise InputError(f"a uid must be text that UTF-8 can hold: {where} has {str(uid)!r}; correct it")
+    return str(uid)
+
+
+def _flat(where: str, what: str, column: Any, kinds: str = "iuf") -> np.ndarray:
+    """A column as one flat array ``[N]`` of a NumPy kind among ``kinds``."""
+    values = np.asarray(column)
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in kinds):
+        numbers = "numbers" if "f" in kinds else "whole numbers"
+        raise InputError(
+            f"{what} must be flat lists of {numbers}: {where} has {values.dtype} of shape "
+            f"{list(values.shape)}; correct it"
+        )
+    return values
+
+
 def _ids(
     where: str, fields: Fields, trainer: Trainer, tokenizer: Any, logprobs: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,20 +210,14 @@ def _ids(
     prompt, response = _named(fields, PROMPT_IDS), _named(fields, RESPONSE_IDS)
     if prompt is None or response is None:
         return _ids_of_texts(where, fields, trainer, tokenizer, len(logprobs))
-    prompt, response = np.asarray(prompt, np.int32), np.asarray(response, np.int32)
-    mask = fields.get("attention_mask")
+    prompt, response = (_flat(where, "token ids", ids, "iu") for ids in (prompt, response))
+    mask = _mask(where, fields, "attention_mask", len(prompt) + len(response))
+    trained = _mask(where, fields, "response_mask", len(response))
     if mask is None:
-        return prompt, response, np.ones(len(response), bool)
-    mask = np.asarray(mask).astype(bool)
-    if len(mask) != len(prompt) + len(response):
-        raise InputError(
-            f"attention_mask must span prompt and response: {where} has {len(mask)} of {len(prompt)} and "
-            f"{len(response)} positions; dump all three alike"
-        )
+        of_response = np.ones(len(response), bool) if trained is None else trained
+        mask = np.append(np.ones(len(prompt), bool), of_response)
     keep = mask[len(prompt) :]
-    count = int(keep.sum())
-    trained = fields.get("response_mask")
-    if not keep[:count].all() or (trained is not None and (np.asarray(trained).astype(bool) != keep).any()):
+    if not keep[: int(keep.sum())].all() or (trained is not None and (trained != keep).any()):
         raise InputError(
             f"a response is one stretch of sampled tokens: {where} has tokens of others within (tools, other "
             "turns); leave such rows out"
@@ -201,25 +225,34 @@ def _ids(
     return prompt[mask[: len(prompt)]], response[keep], keep
 
 
+def _mask(where: str, fields: Fields, name: str, length: int) -> np.ndarray | None:
+    if fields.get(name) is None:
+        return None
+    mask = _flat(where, "masks", fields[name], "biuf")
+    if len(mask) != length:
+        raise InputError(
+            f"{name} must be as long as what it masks: {where} has {len(mask)} positions for {length}; dump "
+            "them alike"
+        )
+    return mask.astype(bool)
+
+
 def _ids_of_texts(
     where: str, fields: Fields, trainer: Trainer, tokenizer: Any, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids of texts, if they come to as many as there are log-probs, the end of text counted or not."""
     asked, answered = (fields.get(name) for name in TEXTS[trainer])
-    if isinstance(answered, list) and len(answered) == 1:
-        answered = answered[0].get("content")
-    if isinstance(asked, list) and len(asked) == 1 and asked[0].get("role") == "user":
-        prompt = prompt_ids(tokenizer, asked[0]["content"], ProblemsConfig(template="chat"))
-    elif isinstance(asked, str):
-        prompt = encode_prompt(tokenizer, asked)
-    else:
-        prompt = np.zeros(0, np.int32)
-    if not isinstance(answered, str) or not len(prompt):
+    question, answer = _text(asked, ("user",)), _text(answered, ("assistant", None))
+    if not question or answer is None:
         raise InputError(
             f"a rollout must have token ids, or the texts of one prompt and one answer: {where} has "
             f"{', '.join(fields)}; dump {PROMPT_IDS[0]} and {RESPONSE_IDS[0]}"
         )
-    response = encode_prompt(tokenizer, answered)
+    if isinstance(asked, str):
+        prompt = encode_prompt(tokenizer, question)
+    else:
+        prompt = prompt_ids(tokenizer, question, ProblemsConfig(template="chat"))
+    response = encode_prompt(tokenizer, answer)
     if len(response) + 1 == count and tokenizer.eos_token_id is not None:
         response = np.append(response, np.int32(tokenizer.eos_token_id))
     if len(response) != count:
@@ -230,10 +263,18 @@ def _ids_of_texts(
     return prompt, response, np.ones(count, bool)
 
 
+def _text(told: Any, roles: Sequence[str | None]) -> str | None:
+    """What a text, or a conversation of one message of such a role, says; None where it is neither."""
+    if isinstance(told, Sequence) and len(told) == 1 and isinstance(told[0], Mapping):
+        told = told[0].get("content") if told[0].get("role") in roles else None
+    return told if isinstance(told, str) and is_unicode(told) else None
+
+
 def _per_token(where: str, column: Any, keep: np.ndarray) -> np.ndarray | None:
     if column is None:
         return None
-    values = np.asarray(column, np.float32)
+    with np.errstate(over="ignore"):  # infinity is refused below
+        values = _flat(where, "log-probs", column).astype(np.float32)
     if len(values) != len(keep):
         raise InputError(
             f"log-probs must be as many as response positions: {where} has {len(values)} for {len(keep)}; "
@@ -251,17 +292,23 @@ def _per_token(where: str, column: Any, keep: np.ndarray) -> np.ndarray | None:
 def _reward(where: str, fields: Fields, name: str) -> float:
     if name and name not in fields:
         raise InputError(f"--reward names a column: {where} has {', '.join(fields)}, no {name}; name one")
-    value = fields[name] if name else _named(fields, REWARDS)
-    if value is None:
+    column = name or next((known for known in REWARDS if known in fields), "")
+    if not column:
         numbers = [
-            column
-            for column, number in fields.items()
-            if column not in _NO_REWARD and isinstance(number, int | float) and not isinstance(number, bool)
+            other
+            for other, number in fields.items()
+            if other not in _NO_REWARD and isinstance(number, int | float) and not isinstance(number, bool)
         ]
         if len(numbers) != 1:
             raise InputError(
                 f"a rollout must have a reward: {where} has {', '.join(numbers) or 'no column of numbers'}; "
                 "name one with --reward"
             )
-        value = fields[numbers[0]]
-    return float(np.sum(np.asarray(value, np.float64)))
+        column = numbers[0]
+    total = float(np.sum(np.asarray(fields[column], np.float64)))
+    if not abs(total) <= _LARGEST:  # false for NaN
+        raise InputError(
+            f"a reward must be a finite number: {where} has {total} in {column}; leave that row out, or name "
+            "another column with --reward"
+        )
+    return total

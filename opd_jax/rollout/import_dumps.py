@@ -8,8 +8,11 @@ by the sampler and by the trainer, becomes two stores of the same rows: ``STORE`
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +35,17 @@ class Imported:
     columns: list[str]  # of log-probs, as the dump names them
 
 
-def old_store(path: Path) -> Path:
-    """Where the trainer's log-probs of an imported store lie."""
-    return path.with_name(f"{path.name}-old")
+def old_store(store: str | Path) -> str | Path:
+    """Where the trainer's log-probs of an imported store lie: a URL for a URL, or else a folder."""
+    if "://" in str(store):
+        return f"{str(store).rstrip('/')}-old"
+    return Path(f"{os.path.abspath(store)}-old")  # so that "." has a name, too
 
 
 def import_dump(
     dump: Path,
     trainer: Trainer,
-    out: Path,
+    out: str | Path,
     tokenizer: Any,
     *,
     temperature: float = 1.0,
@@ -48,26 +53,34 @@ def import_dump(
 ) -> Imported:
     """Write the rollouts of a dump to a store, a round a step.
 
-    Rounds that the store has already are left as they are, so an import that was stopped goes on.
+    Rounds that the store has already are left as they are, so an import that was stopped goes on; they
+    must be of the same rollouts.
 
     Args:
       dump: what `opd_jax.rollout.dumps.read_dump` reads.
       trainer: ``verl`` or ``trl``.
-      out: the store; where the dump has the trainer's log-probs too, they go to `old_store` of it.
+      out: the store, a folder or the URL of an object store; where the dump has the trainer's log-probs
+        too, they go to `old_store` of it.
       tokenizer: of the model that was trained.
       temperature: that the log-probs are of; the dump does not say.
       reward: the dump's column of rewards.
 
     Raises:
-      InputError: the dump cannot be read, or the store was written from another trainer, tokenizer or
-        temperature.
+      InputError: the dump cannot be read, or the store was written from another trainer, tokenizer,
+        temperature or dump.
     """
+    if not 0 < temperature < math.inf:
+        raise InputError(
+            f"--temperature must be a finite number above 0: got {temperature}; give that of the log-probs"
+        )
     rows = read_dump(dump, trainer, tokenizer, reward)
-    first = next(rows)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"a dump must have rollouts: {dump} has none; name the folder the trainer wrote")
     about = {"trainer": trainer, "tokenizer": tokenizer_digest(tokenizer), "temperature": temperature}
     names = _columns(first, trainer)
     stores = {
-        name: RolloutStore(path, {**about, "logprobs": name})
+        name: _open(path, {**about, "logprobs": name})
         for name, path in zip(names, (out, old_store(out)), strict=False)
     }
     special = set(tokenizer.all_special_ids)
@@ -87,7 +100,15 @@ def import_dump(
             samples[row.group] += 1
         if not fresh:
             continue
-        done = all(step in store.rounds for store in stores.values())
+        digest = _digest(fresh)
+        have = [store for store in stores.values() if step in store.rounds]
+        for store in have:
+            if store.shard(step).get("content", digest) != digest:
+                raise InputError(
+                    f"a step is imported once: {store.path} has step {step} of other rollouts, log-probs or "
+                    f"rewards than {dump}; give --out a new folder"
+                )
+        done = len(have) == len(stores)
         (skipped if done else written).append(step)
         count += 0 if done else len(fresh)
         # The store that is asked first is sealed last: where it has a round, the other has it too.
@@ -95,8 +116,20 @@ def import_dump(
             if step not in stores[name].rounds:
                 stores[name].discard(step)  # what an import that was killed had written of it
                 stores[name].append(rollouts[name])
-                stores[name].seal(step, source=str(dump))
+                stores[name].seal(step, source=str(dump), content=digest)
     return Imported(count, written, skipped, repeats, names)
+
+
+def _open(path: str | Path, about: Mapping[str, Any]) -> RolloutStore:
+    """A store that is new, or belongs to the same."""
+    found = RolloutStore(path).about_store
+    for name, value in about.items():
+        if found and found.get(name) != value:
+            raise InputError(
+                f"a store belongs to one {name}: {path} was written for {found.get(name)!r}, this import has "
+                f"{value!r}; give --out a new folder, or import with the {name} it was made with"
+            )
+    return RolloutStore(path, about)
 
 
 def _columns(row: Dumped, trainer: Trainer) -> list[str]:
@@ -140,6 +173,15 @@ def _by_step(
 def _content(row: Dumped) -> tuple[bytes, ...]:
     parts = (row.prompt_ids, row.response_ids, row.behaviour, row.old)
     return tuple(b"" if part is None else part.tobytes() for part in parts)
+
+
+def _digest(rows: Sequence[Dumped]) -> str:
+    """SHA-256 of all that a step's rollouts say."""
+    told = hashlib.sha256()
+    for row in rows:
+        for part in (*_content(row), repr((row.group, row.reward)).encode()):
+            told.update(len(part).to_bytes(8, "little") + part)
+    return told.hexdigest()
 
 
 def _rollout(row: Dumped, logprobs: np.ndarray, sample: int, special: set[int]) -> Rollout:

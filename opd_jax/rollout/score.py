@@ -196,23 +196,38 @@ def full_logprobs(hidden: Any, params: Params, config: Qwen3Config, *, temperatu
     return jax.nn.log_softmax(logits(wide, params, config) / temperature, axis=-1)
 
 
-def mismatch(rollouts: Sequence[Rollout], alike: Sequence[np.ndarray] | None = None) -> dict[str, float]:
-    """How far the sampler's log-probs lie from the trainer's: mean and largest |difference|, nats.
+Distance = dict[str, float | None]
+
+
+def mismatch(rollouts: Sequence[Rollout], alike: Sequence[np.ndarray] | None = None) -> Distance | None:
+    """How far the sampler's log-probs lie from the trainer's: see `_distance`; None if not scored.
 
     ``alike`` are the trainer's at the sampler's temperature, ``[R]`` each, where `old` is of another.
     """
     trainers = [r.score.old_logprobs for r in rollouts if r.score] if alike is None else alike
-    return _distance([r.behaviour_logprobs - old for r, old in zip(rollouts, trainers, strict=True)])
+    return _distance([r.behaviour_logprobs for r in rollouts], trainers)
 
 
-def null_drift(rollouts: Sequence[Rollout]) -> dict[str, float] | None:
+def null_drift(rollouts: Sequence[Rollout]) -> Distance | None:
     """How far the trainer's log-probs lie from themselves under another batching; None if not scored."""
     pairs = [(r.score.again_logprobs, r.score.old_logprobs) for r in rollouts if r.score]
-    return _distance([again - old for again, old in pairs if again is not None])
+    read = [(again, old) for again, old in pairs if again is not None]
+    return _distance([again for again, _ in read], [old for _, old in read])
 
 
-def _distance(differences: Sequence[np.ndarray]) -> Any:
-    if not differences:
+def _distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Distance | None:
+    """Of two readings of the same tokens, nats: ``mean``, ``p99`` and ``max`` |difference|, and ``pearson``.
+
+    Pearson's correlation is None where a reading is the same for all tokens.
+    """
+    if not b:
         return None
-    size = np.abs(np.concatenate(differences))
-    return {"mean": float(size.mean()), "max": float(size.max())}
+    first, second = (np.concatenate(list(readings)).astype(np.float64) for readings in (a, b))
+    size = np.abs(first - second)
+    varies = bool(np.ptp(first)) and bool(np.ptp(second))
+    return {
+        "mean": float(size.mean()),
+        "p99": float(np.percentile(size, 99)),
+        "max": float(size.max()),
+        "pearson": float(np.corrcoef(first, second)[0, 1]) if varies else None,
+    }

@@ -90,6 +90,7 @@ def _run(folder: Path, name: str) -> Numbers:
         per_position[line["update"] % config.schedule.updates_per_round].append(line)
     rollouts = RolloutStore(store_path(folder, config, "rollouts"))
     scored = RolloutStore(store_path(folder, config, "scored"))
+    told = {round_: scored.shard(round_) for round_ in per_round}
     seconds: dict[str, float] = defaultdict(float)
     for timing in read_lines(folder / "timings.jsonl"):
         seconds[timing["part"]] += timing["seconds"]
@@ -97,13 +98,16 @@ def _run(folder: Path, name: str) -> Numbers:
         "name": name,
         "settings": flatten(config),
         "seconds": dict(seconds),
+        "sampler_mismatch": _worst([told[round_]["mismatch"] for round_ in told]),
+        "null_drift": _worst([told[round_].get("null_drift") for round_ in told]),
         "tokens_trained": sum(line["tokens"] for line in lines),
         "rounds": [
             {
                 "round": round_,
                 "reward": rollouts.shard(round_)["reward"],
                 "truncated": rollouts.shard(round_)["truncated"],
-                "sampler_mismatch": scored.shard(round_)["mismatch"],
+                "sampler_mismatch": told[round_]["mismatch"],
+                "null_drift": told[round_].get("null_drift"),
                 **{
                     name: float(np.mean([line[name] for line in updates]))
                     for name in ("loss", "kl_teacher_k1", "entropy", "gradient_norm")
@@ -131,6 +135,15 @@ def _run(folder: Path, name: str) -> Numbers:
         ],
         "diagnosis": _diagnosis([line for line in lines if "diagnosis" in line]),
     }
+
+
+def _worst(distances: Sequence[Numbers | None]) -> Numbers:
+    """The largest differences of all rounds, and the least correlation; None where no round has one."""
+    worst: Numbers = {}
+    for name, of in (("mean", max), ("p99", max), ("max", max), ("pearson", min)):
+        found = [distance[name] for distance in distances if distance and distance.get(name) is not None]
+        worst[name] = of(found) if found else None
+    return worst
 
 
 def _diagnosis(lines: Sequence[Numbers]) -> Numbers | None:

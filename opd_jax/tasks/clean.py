@@ -31,8 +31,11 @@ def clean_problems(
       What the report says.
 
     Raises:
-      InputError: something cannot be read, nothing is left, or a file would be overwritten.
+      InputError: something cannot be read, nothing is left, a file would be overwritten, or ``common`` is
+        no count.
     """
+    if common < 1:
+        raise InputError(f"--common must be at least 1: got {common}; give how many problems may share words")
     text = report.with_suffix(".txt")
     for file in (out, report, text):
         if file.exists():
@@ -42,7 +45,7 @@ def clean_problems(
     trained = [read_problem_set(source) for source in sources]
     heldout = {source: read_problem_set(source) for source in against}
     problems, repeats = deduplicate(_joined(trained))
-    clean, contaminated = decontaminate(
+    clean, contaminated, waived = decontaminate(
         problems, {source: read.problems for source, read in heldout.items()}, common=common
     )
     check_problems(clean, "what is left after decontamination")
@@ -55,13 +58,15 @@ def clean_problems(
         "contaminated": len({pair.first for pair in contaminated}),
         "rules": dict(Counter(pair.rule for pair in contaminated)),
         "common": common,
+        "phrasing": len({pair.first for pair in waived}),
         "duplicate_pairs": [dataclasses.asdict(pair) for pair in repeats],
         "contaminated_pairs": [dataclasses.asdict(pair) for pair in contaminated],
+        "phrasing_pairs": [dataclasses.asdict(pair) for pair in waived],
     }
     for file in (out, report):
         file.parent.mkdir(parents=True, exist_ok=True)
     # The problems last: where they are, their report is.
-    write_text(text, as_text(told, repeats, contaminated))
+    write_text(text, as_text(told, repeats, contaminated, waived))
     write_text(report, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     write_text(out, "".join(_line(problem) for problem in clean))
     return told
@@ -94,7 +99,9 @@ def _joined(sets: Sequence[ProblemSet]) -> list[Problem]:
     return joined
 
 
-def as_text(told: dict[str, Any], repeats: Sequence[Pair], contaminated: Sequence[Pair]) -> str:
+def as_text(
+    told: dict[str, Any], repeats: Sequence[Pair], contaminated: Sequence[Pair], waived: Sequence[Pair]
+) -> str:
     """A report to read: counts, then every pair with what both have."""
     lines = []
     for role in ("read", "against"):
@@ -109,9 +116,14 @@ def as_text(told: dict[str, Any], repeats: Sequence[Pair], contaminated: Sequenc
         f"{told['duplicates_with_other_answers']:,}",
         f"contaminated left out: {told['contaminated']:,}"
         + "".join(f"; {rule} {count:,}" for rule, count in told["rules"].items()),
+        f"kept that share but phrasing of more than {told['common']} problems: {told['phrasing']:,}",
         f"problems written: {told['problems']:,}",
     ]
-    for title, pairs in (("CONTAMINATED", contaminated), ("DUPLICATES", repeats)):
+    for title, pairs in (
+        ("CONTAMINATED", contaminated),
+        ("DUPLICATES", repeats),
+        ("KEPT, COMMON PHRASING ALONE", waived),
+    ):
         lines += ["", title] if pairs else []
         for pair in pairs:
             of = f" of {pair.set}" if pair.set else ""

@@ -18,8 +18,10 @@ A training problem is *contaminated* by a held-out one under the first of these 
                 `difflib.SequenceMatcher`): the same question with other numbers.
 
 For the last two a run of words that more than 10 of all problems have is phrasing ("where m and n are
-relatively prime positive integers. Find m + n") and is no evidence by itself. A problem of fewer than 13
-words has no 13-gram; the other three rules are there for it.
+relatively prime positive integers. Find m + n") and is no evidence by itself, unless runs of 13 make up at
+least 60% of the held-out problem's words: that is a copy, however many there are. Pairs that have phrasing
+alone in common are told apart and kept. A problem of fewer than 13 words has no 13-gram; the other three
+rules are there for it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import difflib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from opd_jax.tasks.problems import Problem
 
@@ -37,6 +39,7 @@ WORDS = 13
 NEAR_WORDS = 7
 NEAR_RATIO = 0.6
 CONTAINED_SYMBOLS = 8
+COPIED = 0.6  # share of a held-out problem's words in runs that make a copy of what is common
 COMMON = 10  # problems that may share a run of words before it counts as phrasing
 
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?")
@@ -74,7 +77,7 @@ _SYMBOL = re.compile(f"{_WORD.pattern}|{_SIGNS}")
 class Pair:
     """Two problems that are one, or nearly one."""
 
-    first: str  # id of the one that is dropped
+    first: str  # id of the one that is dropped, or is kept though it has phrasing in common
     second: str  # id of the one it is like
     set: str  # where the second stands
     rule: str
@@ -125,9 +128,12 @@ def deduplicate(problems: Sequence[Problem], source: str = "") -> tuple[list[Pro
     return list(first.values()), pairs
 
 
+Suspects = Mapping[int, Mapping[int, set[int]]]  # training problem -> held-out problem -> kinds of run
+
+
 def decontaminate(
     problems: Sequence[Problem], heldout: Mapping[str, Sequence[Problem]], *, common: int = COMMON
-) -> tuple[list[Problem], list[Pair]]:
+) -> tuple[list[Problem], list[Pair], list[Pair]]:
     """Training problems that no held-out set asks, and the pairs that the others were dropped for.
 
     Args:
@@ -136,29 +142,38 @@ def decontaminate(
       common: in how many problems, of all given, a run of words may stand and still be evidence.
 
     Returns:
-      The clean problems in order; every pair of a dropped one with a held-out one.
+      The clean problems in order; every pair of a dropped one with a held-out one; every pair of a clean
+      one with a held-out one that would hold if phrasing were evidence.
     """
     asked = [(name, problem) for name, problems_ in heldout.items() for problem in problems_]
     kept_out = [(name, problem, symbols(problem.prompt), words(problem.prompt)) for name, problem in asked]
     trained = [(symbols(problem.prompt), words(problem.prompt)) for problem in problems]
-    suspects = _suspects(trained, kept_out, common)
-    clean, pairs = [], []
+    rare, often = _suspects(trained, kept_out, common)
+    clean, pairs, waived = [], [], []
     for index, problem in enumerate(problems):
-        found = [
-            Pair(problem.id, other.id, name, *match, problem.answer.strip() == other.answer.strip())
-            for at in sorted(suspects.get(index, ()))
-            for name, other, s, w in (kept_out[at],)
-            if (match := _match(*trained[index], s, w, suspects[index][at]))
-        ]
+        found, phrased = [], []
+        for at in sorted({*rare.get(index, ()), *often.get(index, ())}):
+            name, other, s, w = kept_out[at]
+            answers_agree = problem.answer.strip() == other.answer.strip()
+            phrasing = often.get(index, {}).get(at, set())
+            match = _match(*trained[index], s, w, rare.get(index, {}).get(at, ()))
+            if match is None and WORDS in phrasing and _covered(trained[index][1], w) >= COPIED:
+                match = f"{WORDS}-gram", _fragment(trained[index][1], w)
+            if match:
+                found.append(Pair(problem.id, other.id, name, *match, answers_agree))
+            elif match := _match(*trained[index], s, w, phrasing):
+                phrased.append(Pair(problem.id, other.id, name, *match, answers_agree))
         pairs += found
         if not found:
             clean.append(problem)
-    return clean, pairs
+            waived += phrased
+    return clean, pairs, waived
 
 
-def _suspects(trained: Sequence, kept_out: Sequence, common: int) -> dict[int, dict[int, set[int]]]:
-    """Training problem -> held-out problem -> the kinds of run they share: 13 and 7 rare words, 8 symbols."""
+def _suspects(trained: Sequence, kept_out: Sequence, common: int) -> tuple[Suspects, Suspects]:
+    """Pairs that share runs of 13 or 7 words, or 8 symbols: those of evidence, and of phrasing."""
     suspects: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    phrased: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for kind, part, limit in ((WORDS, 1, common), (NEAR_WORDS, 1, common), (CONTAINED_SYMBOLS, 0, None)):
         where = defaultdict(set)
         for at, row in enumerate(kept_out):
@@ -168,9 +183,9 @@ def _suspects(trained: Sequence, kept_out: Sequence, common: int) -> dict[int, d
         often = Counter(run for runs in shared for run in runs)
         for index, runs in enumerate(shared):
             for run in runs:
-                if limit is None or often[run] + len(where[run]) <= limit:
-                    for at in where[run]:
-                        suspects[index][at].add(kind)
+                is_rare = limit is None or often[run] + len(where[run]) <= limit
+                for at in where[run]:
+                    (suspects if is_rare else phrased)[index][at].add(kind)
     # Texts too short for any run are equal or nothing.
     by_symbols = defaultdict(list)
     for at, row in enumerate(kept_out):
@@ -178,17 +193,21 @@ def _suspects(trained: Sequence, kept_out: Sequence, common: int) -> dict[int, d
     for index, (key, _) in enumerate(trained):
         for at in by_symbols.get(key, ()):
             _ = suspects[index][at]
-    return suspects
+    return suspects, phrased
 
 
 def _match(
-    s: tuple[str, ...], w: list[str], other_s: tuple[str, ...], other_w: list[str], kinds: Iterable[int]
+    s: tuple[str, ...], w: list[str], other_s: tuple[str, ...], other_w: list[str], kinds: Collection[int]
 ) -> tuple[str, str] | None:
     """The first rule that holds of two problems, with the fragment that shows it."""
     if s == other_s:
         return "equal", " ".join(s)
     short, long = sorted((s, other_s), key=len)
-    if len(short) >= CONTAINED_SYMBOLS and short in set(_runs(long, len(short))):
+    if (
+        CONTAINED_SYMBOLS in kinds
+        and len(short) >= CONTAINED_SYMBOLS
+        and short in set(_runs(long, len(short)))
+    ):
         return "contained", " ".join(short)
     if WORDS in kinds:
         return f"{WORDS}-gram", _fragment(w, other_w)
@@ -198,6 +217,13 @@ def _match(
         if matcher.ratio() >= NEAR_RATIO:
             return "near", _fragment(w, other_w)
     return None
+
+
+def _covered(w: list[str], other_w: list[str]) -> float:
+    """Share of another problem's words that stand in runs of 13 which both have."""
+    have = set(_runs(w, WORDS))
+    starts = [at for at, run in enumerate(_runs(other_w, WORDS)) if run in have]
+    return len({at + place for at in starts for place in range(WORDS)}) / len(other_w)
 
 
 def _fragment(a: list[str], b: list[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from opd_jax.errors import InputError
 from opd_jax.tasks.layouts import LAYOUTS
 from opd_jax.tasks.tables import rows_of_source
+from opd_jax.tasks.text import is_unicode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,8 @@ def read_problem_set(source: str | Path) -> ProblemSet:
                 f"each row must have {' and '.join(LAYOUTS[layout].columns)}: {where} does not ({reason}); "
                 "correct it"
             ) from None
-        for name, text in (("prompt", asked.prompt), ("answer", asked.answer)):
-            if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+        for name, text in (("prompt", asked.prompt), ("answer", asked.answer), ("id", asked.id or "-")):
+            if not isinstance(text, str) or not text.strip() or not is_unicode(text):
                 raise InputError(f"the {name} must be text: {where} has {text!r}; correct it")
         name = asked.id or hashlib.sha256(asked.prompt.encode()).hexdigest()[:16]
         problem = Problem(name, asked.prompt, asked.answer)
@@ -83,11 +84,6 @@ def read_problem_set(source: str | Path) -> ProblemSet:
         else:
             raise InputError(f"a problem must be listed once: {where} has {name!r} twice; remove one")
     return ProblemSet(str(source), layout, list(found.values()), count, repeats, unwrapped)
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON lets through and UTF-8 cannot hold."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def check_problems(problems: Sequence[Problem], source: str) -> None:

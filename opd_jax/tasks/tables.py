@@ -135,7 +135,8 @@ def _wanted(names: Sequence[str]) -> list[str]:
 
 def _line_rows(file: Path) -> Iterator[Row]:
     # Not splitlines(): a line separator may stand inside a JSON string.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    text = read_text(file).removeprefix("\ufeff")  # the byte order mark that some editors put first
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {file}"

@@ -43,6 +43,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON lets through and UTF-8 cannot hold."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> np.ndarray:
     """Token ids ``[P]`` int32 of a plain-text prompt."""
     return np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,15 @@ class Checkpoints:
         return None if newest is None else int(newest.step)
 
     def save(self, state: TrainState) -> None:
-        """Commit a state to disk; returns when it is there. A step saved before is left alone."""
+        """Commit a state to disk; returns when it is there. A step saved before is left alone.
+
+        Raises:
+          InputError: the disk is full, or the folder may not be written to.
+        """
         update = int(state.update)
         if update != self.latest:
-            self._checkpointer.save(update, vars(state))
+            with _said(self._folder / str(update)):
+                self._checkpointer.save(update, vars(state))
 
     def restore(self, like: Any) -> TrainState:
         """The newest state.
@@ -66,4 +74,34 @@ class Checkpoints:
         return restored
 
     def close(self) -> None:
-        self._checkpointer.close()
+        with _quiet(), contextlib.suppress(ValueError):  # of a save that failed, and said so
+            self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that orbax's threads log, each its own, of what is raised all the same."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _said(checkpoint: Path) -> Iterator[None]:
+    """What a full disk or a read-only folder says, in one line."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError) as error:
+        # tensorstore raises ValueError, and says so where it was the system that refused.
+        if not isinstance(error, OSError) and "os_error_code" not in str(error):
+            raise
+        reason = " ".join(str(error).rpartition('": ')[2].split())[:200]
+        raise InputError(
+            f"a checkpoint must have room, and leave to write: {checkpoint} could not be written ({reason}); "
+            "make room, or give leave, and go on: what was finished is kept"
+        ) from None

@@ -75,8 +75,59 @@ def test_going_on_writes_what_is_missing(tmp_path, tokenizer):
     assert RolloutStore(store).rounds == RolloutStore(old_store(store)).rounds == [1, 2]
     assert [rollout.sample for rollout in RolloutStore(store).read(2)] == [1, 1]
     assert RolloutStore(store).shard(1) == before  # its SHA-256 too
-    with pytest.raises(InputError, match="one temperature"):
+    with pytest.raises(InputError, match="one temperature: .* has 0.7; give --out a new folder"):
         import_dump(dump, "verl", store, tokenizer, temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_level_scores": -STEP["token_level_scores"]},
+        {"old_log_probs": STEP["old_log_probs"] - 1},
+        {"responses": STEP["responses"][:, ::-1].copy(), "attention_mask": np.ones((2, 7), int)},
+    ],
+)
+def test_a_step_of_another_dump_is_refused(tmp_path, tokenizer, changes):
+    store = tmp_path / "store"
+    import_dump(step(tmp_path / "dump", 1), "verl", store, tokenizer)
+    other = step(tmp_path / "other", 1, **{"response_mask": None} | changes)
+    with pytest.raises(InputError, match="has step 1 of other rollouts, log-probs or rewards than .*other"):
+        import_dump(other, "verl", store, tokenizer)
+    # Where the files lie and how they are padded is no difference.
+    assert import_dump(step(tmp_path / "moved", 1), "verl", store, tokenizer).skipped == [1]
+
+
+def test_response_mask_alone_tells_padding(tmp_path, tokenizer):
+    padded = row(responses=[A, B, EOS, 0], rollout_log_probs=[-1, -2, -3, -9], response_mask=[1, 1, 1, 0])
+    import_dump(lines(tmp_path / "dump", padded), "verl", tmp_path / "store", tokenizer)
+    [rollout] = RolloutStore(tmp_path / "store").read(3)
+    assert rollout.response_ids.tolist() == [A, B, EOS]
+    assert rollout.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0]
+
+
+def test_a_store_may_be_a_url_or_the_working_folder(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("obstore", reason="object stores need opd_jax[objects]")
+    dump = step(tmp_path / "dump", 1)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in ("memory://imported/mine", "."):
+        words = ["import", "verl", str(dump), "--out", out, "--tokenizer", str(student())]
+        assert main(words) == 0
+        assert f"next: opd inspect {out}" in capsys.readouterr().out
+        assert main(["inspect", out]) == 0
+        assert "round 1: 2 rollouts, 6 tokens" in capsys.readouterr().out
+    assert RolloutStore("memory://imported/mine-old").rounds == [1]
+    assert RolloutStore(tmp_path / "here-old").rounds == [1]
+    assert not (tmp_path / "here" / "memory:").exists()
+
+
+@pytest.mark.parametrize("temperature", ["-1", "0", "nan", "inf"])
+def test_no_temperature_is_refused(tmp_path, capsys, temperature):
+    dump = step(tmp_path / "dump", 1)
+    words = ["import", "verl", str(dump), "--out", str(tmp_path / "s"), "--tokenizer", str(student())]
+    assert main([*words, f"--temperature={temperature}"]) == 2
+    assert "--temperature must be a finite number above 0" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def row(**changes):
@@ -122,19 +173,51 @@ def test_rows_of_verl_with_one_column(tmp_path, tokenizer, capsys):
         ({"rollout_log_probs": [-1.0, float("nan"), -1.0]}, "finite and at most 0"),
         ({"rollout_log_probs": [-1.0, 0.5, -1.0]}, "finite and at most 0"),
         ({"rollout_log_probs": "many"}, "lists of numbers"),
+        ({"rollout_log_probs": [[-1.0], [-2.0], [-3.0]]}, r"line 1 of .* has float64 of shape \[3, 1\]"),
+        ({"rollout_log_probs": [-1.0, None, -1.0]}, "log-probs must be flat lists of numbers"),
+        ({"rollout_log_probs": [-1e300, -1.0, -1.0]}, "finite and at most 0"),
+        ({"responses": [17.9, 18.2, 17.7]}, "flat lists of whole numbers: line 1 of .* has float64"),
+        ({"responses": [[A], [A], [B]]}, r"whole numbers: line 1 of .* has int64 of shape \[3, 1\]"),
+        ({"responses": [A, A, 2**70]}, "whole numbers"),
         ({"responses": [A, A, 999]}, "17 to 999, that has 43 ids"),
         ({"responses": []}, "has 3 for 0"),
         ({"prompts": []}, "at least one token: line 1 of .* has 0 and 3"),
         ({"score": None}, "must have a reward"),
-        ({"attention_mask": [1, 1, 1, 1]}, "has 4 of 2 and 3"),
+        ({"score": float("nan")}, "a reward must be a finite number: line 1 of .* has nan in score"),
+        ({"score": [1.0, None]}, "has nan in score"),
+        ({"score": 1e300}, "a reward must be a finite number"),
+        ({"score": 10**400}, "lists of numbers"),
+        ({"step": 1.5}, r"a step must be a whole number below 2\^31: line 1 of .* has '1.5'"),
+        ({"step": -1}, "has '-1'"),
+        ({"step": 2**40}, "has '1099511627776'"),
+        ({"uid": "\ud800"}, "a uid must be text that UTF-8 can hold: line 1 of"),
+        ({"attention_mask": [1, 1, 1, 1]}, "attention_mask must be as long .* has 4 positions for 5"),
         ({"attention_mask": [1, 1, 1, 1, 1], "response_mask": [1, 0, 1]}, "tokens of others within"),
+        ({"response_mask": [1]}, "response_mask must be as long .* has 1 positions for 3"),
+        ({"response_mask": [1, 0, 1]}, "tokens of others within"),
         ({"prompts": None, "output": "aa+b"}, "has 3 log-probs for 4 tokens"),
+        ({"prompts": None, "output": ["aab"]}, "the texts of one prompt and one answer: line 1 of"),
+        ({"prompts": None, "input": [{"role": "user"}]}, "the texts of one prompt and one answer: line 1 of"),
+        ({"prompts": None, "output": "a\ud800"}, "the texts of one prompt and one answer: line 1 of"),
     ],
 )
 def test_rows_that_cannot_be_trusted_are_refused(tmp_path, tokenizer, changes, message):
     with pytest.raises(InputError, match=message):
         import_dump(lines(tmp_path / "dump", row(**changes)), "verl", tmp_path / "store", tokenizer)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_reward_that_is_missing_is_not_another_column(tmp_path, tokenizer):
+    dump = lines(tmp_path / "dump", row() | {"score": None, "accuracy": 1.0})
+    with pytest.raises(InputError, match="has nan in score; leave that row out, or name another column"):
+        import_dump(dump, "verl", tmp_path / "store", tokenizer)
+    import_dump(dump, "verl", tmp_path / "store", tokenizer, reward="accuracy")
+    assert RolloutStore(tmp_path / "store").read(3)[0].reward == 1.0
+
+
+def test_a_dump_without_rows_is_refused(tmp_path, tokenizer):
+    with pytest.raises(InputError, match=r"a dump must have rollouts: .* has none"):
+        import_dump(lines(tmp_path / "dump"), "verl", tmp_path / "store", tokenizer)
 
 
 def test_pickles_are_refused_unread(tmp_path, tokenizer):

@@ -17,6 +17,7 @@ from opd_jax.train.loop import distill
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
 from tests.conftest import tiny_config
+from tests.rollout.test_store import rewrite_manifest
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,13 @@ def test_the_json_holds_what_the_run_wrote(page):
         assert np.abs(np.array(first["weight_percentiles"]) - 1).max() <= 5e-4
         rewards = [rollout.reward for rollout in run.rollouts.read(0)]
         assert told["rounds"][0]["reward"] == pytest.approx(np.mean(rewards))
+        for name, stored in (("sampler_mismatch", "mismatch"), ("null_drift", "null_drift")):
+            found = [run.scored.shard(round_)[stored] for round_ in (0, 1)]
+            assert [round_[name] for round_ in told["rounds"]] == found
+            read = [distance for distance in found if distance]
+            assert read
+            assert told[name]["p99"] == max(distance["p99"] for distance in read)
+            assert told[name]["pearson"] == min(distance["pearson"] for distance in read) > 0.999
     by_name = {judged["name"]: judged for judged in numbers["judged"]}
     records = read_answers(answers_file(runs[1], "student"))
     assert by_name["arm-block"]["pass@1"]["mean"] == pytest.approx(
@@ -90,6 +98,26 @@ def test_the_page_stands_alone_and_is_well_formed(page):
     assert checker.svgs == 5
     assert checker.borders >= 4  # two rollouts of several blocks of eight tokens
     assert "<script" not in text
+    assert (
+        text.count("<td>sampler against trainer</td>") == text.count("<td>trainer against itself</td>") == 2
+    )
+
+
+def test_a_store_that_says_less_of_distances_is_reported(page, tmp_path):
+    folder = copied(page[0][0], tmp_path / "a")
+
+    def change(manifest):
+        for entry in manifest["rounds"]:
+            entry["mismatch"] = {name: entry["mismatch"][name] for name in ("mean", "max")}
+            del entry["null_drift"]
+
+    rewrite_manifest(folder / "scored", change)
+    html = write_report([folder], tmp_path / "r.html")
+    [told] = json.loads(html.with_suffix(".json").read_text())["runs"]
+    means = [page[0][0].scored.shard(round_)["mismatch"]["mean"] for round_ in (0, 1)]
+    assert told["sampler_mismatch"]["mean"] == max(means)
+    assert (told["sampler_mismatch"]["pearson"], told["null_drift"]["mean"]) == (None, None)
+    assert "trainer against itself</td>" not in html.read_text()
 
 
 def copied(run, where):

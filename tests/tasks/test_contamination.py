@@ -16,7 +16,7 @@ LONG = "A bag holds three red and five blue marbles and two are drawn without lo
 
 
 def rules(trained, heldout, **options):
-    _, pairs = decontaminate(
+    _, pairs, _ = decontaminate(
         [Problem(f"t{i}", text, "1") for i, text in enumerate(trained)],
         {"e": [Problem(f"e{i}", text, "1") for i, text in enumerate(heldout)]},
         **options,
@@ -75,7 +75,7 @@ def test_a_13_gram_is_13_words():
 
 
 def test_the_fragment_is_the_longest_run():
-    _, [pair] = decontaminate(
+    _, [pair], _ = decontaminate(
         [Problem("t", f"Now: {LONG} of two red? Give it as a fraction of whole numbers.", "3")],
         {"e": [Problem("e", f"{LONG} of a pair of unlike colours, rounded to tenths of a percent?", "3")]},
     )
@@ -99,7 +99,8 @@ def test_short_problems():
 def test_phrasing_is_no_evidence():
     phrase = "can be written as m over n where m and n are relatively prime positive integers find m plus n"
     question = [f"Topic {'abcdefghijklmno'[i] * 4} {i} asks {i * 7} things {phrase}" for i in range(15)]
-    asked = [f"Quite unlike all these is a question on {12345} circles {phrase}"]
+    own = "Quite unlike all these is a question on 12345 circles that touch a line at its ends"
+    asked = [f"{own} {phrase}"]
     assert rules(question, asked) == []
     assert len(rules(question[:5], asked)) == 5
     assert len(rules(question, asked, common=20)) == 15
@@ -120,7 +121,7 @@ def test_every_known_pair_of_dapo_math_is_caught():
         row["train_id"]: Problem(row["train_id"], row["train_prompt"], row["train_answer"]) for row in known
     }
     kept, repeats = deduplicate([*clean, *bad.values()])
-    left, pairs = decontaminate(kept, heldout)
+    left, pairs, _ = decontaminate(kept, heldout)
     same = {pair.first: pair.second for pair in repeats}
     found = {(pair.first, pair.second) for pair in pairs}
     missed = [
@@ -131,6 +132,23 @@ def test_every_known_pair_of_dapo_math_is_caught():
     assert missed == []
     assert len({pair.first for pair in pairs} - set(bad)) < 0.015 * len(clean)
     assert not {problem.id for problem in left} & set(bad)
+
+
+def test_a_copy_is_one_however_many_there_are():
+    """A held-out problem that is copied often makes its own words common."""
+    asked = (
+        "{} hikers walk around the circular lake at constant speeds while a ferry crosses between two "
+        "opposite piers every hour; how long until all of them meet again at the north pier?"
+    )
+    copies = [f"Story {i}. {asked.format(f'{i} or')}" for i in range(11)]
+    assert rules(copies, [asked.format("Seven")]) == [(f"t{i}", "e0", "13-gram") for i in range(11)]
+    # Half of the words are no copy of the whole; they are told.
+    half = " ".join(asked.split()[1:16])
+    quoted = [Problem(f"t{i}", f"{half} number {i}", "1") for i in range(11)]
+    clean, pairs, waived = decontaminate(quoted, {"e": [Problem("e", asked.format("Seven"), "1")]})
+    assert (clean, pairs) == (quoted, [])
+    assert waived[0] == Pair("t0", "e", "e", "13-gram", " ".join(words(half)), True)
+    assert [pair.first for pair in waived] == [problem.id for problem in quoted]
 
 
 def lines(file, rows):
@@ -185,4 +203,19 @@ def test_the_command(tmp_path, capsys):
     )
     assert "no such file" in refused(str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "x.jsonl")).lower()
     assert "takes no settings" in refused(a, "--out", str(tmp_path / "x.jsonl"), "--gate.block=3")
+    assert "--common must be at least 1: got 0" in refused(
+        a, "--out", str(tmp_path / "x.jsonl"), "--common", "0"
+    )
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_command_tells_of_phrasing(tmp_path, capsys):
+    copies = [{"id": f"t{i}", "prompt": f"{LONG} {i} {'and so on ' * 9}?", "answer": "1"} for i in range(11)]
+    train = lines(tmp_path / "a.jsonl", copies)
+    asked = {"id": "h", "problem": f"{LONG} of {' '.join(f'w{i}' for i in range(30))}?", "answer": "1"}
+    held, out = lines(tmp_path / "held.jsonl", [asked]), tmp_path / "clean.jsonl"
+    assert main(["problems", train, "--against", held, "--out", str(out)]) == 0
+    assert "kept 11 that share but common phrasing with it" in capsys.readouterr().out
+    told = json.loads(out.with_suffix(".report.json").read_text())
+    assert (told["phrasing"], told["contaminated"], len(told["phrasing_pairs"])) == (11, 0, 11)
+    assert f"t0 = h of {held} (13-gram): a bag holds" in out.with_suffix(".report.txt").read_text()

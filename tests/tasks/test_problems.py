@@ -13,6 +13,11 @@ def test_lines_are_read_in_order(tmp_path):
     assert read_problems(tmp_path / "p.jsonl") == [Problem("a", "1+1", "2"), Problem("b", "é\u2028", "0.5")]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "q", "answer": 3}\n', encoding="utf-8-sig")
+    assert read_problems(tmp_path / "p.jsonl") == [Problem("a", "q", "3")]
+
+
 def test_an_id_is_derived_and_lasting(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "q", "answer": 3}\n\n')
     [problem] = read_problems(tmp_path / "p.jsonl")
@@ -31,6 +36,7 @@ def test_an_id_is_derived_and_lasting(tmp_path):
         ('{"prompt": "q", "answer": null}', "the answer must be text"),
         ('{"prompt": "q", "answer": " "}', "the answer must be text"),
         ('{"prompt": "\\ud800", "answer": "1"}', "the prompt must be text"),
+        ('{"id": "\\ud800", "prompt": "q", "answer": "1"}', "the id must be text: line 1 of"),
         ("[" * 100_000, "line 1 of"),
         ('{"id": "x", "prompt": "q", "answer": 1}\n' * 2, "'x' twice"),
     ],
