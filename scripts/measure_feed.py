@@ -1,16 +1,17 @@
-"""Memory and speed of feeding: 100,000 rollouts of 4,096 tokens, in shuffled packed batches.
+"""Memory and speed of feeding: 100,000 scored rollouts of 4,096 tokens, in shuffled packed batches.
 
-    .venv/bin/python scripts/measure_feed.py /somewhere     # 6.6 GB of disk there, about ten minutes
+    .venv/bin/python scripts/measure_feed.py /somewhere     # 115 GB of disk there; 23 with --top-k 4
 
-Four processes, a line of JSON each: one writes the shards; one reads a whole epoch and tells its peak of
-resident memory (VmHWM), its rollouts a second and whether every rollout came once; one reads half as many
-batches and saves its position; one is set to that position and reads on. The digests of all batches after it
-must be those of the uninterrupted epoch. The shards are deleted at the end unless --keep is given.
+Four processes, a line of JSON each: one writes a store, part by part; one reads a whole epoch and tells its
+peak of resident memory (VmHWM), its rollouts a second and whether every rollout came once; one reads half as
+many batches and saves its position; one is set to that position and reads on. The digests of all batches
+after it must be those of the uninterrupted epoch. The store is deleted at the end unless --keep is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,60 +23,74 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 PROMPT = 100  # tokens
-SHARD = 2000  # rollouts
-READ = ("old_logprobs", "teacher_logprobs")
+PART = 64  # rollouts appended together
+ROUND = 2048  # rollouts
+# Of a store as scoring leaves it, what `batch_of` reads for loss.kind teacher_topk.
+READ = ("old_logprobs", "teacher_logprobs", "teacher_entropy", "teacher_topk_ids", "teacher_topk_logprobs")
 
 
 def write(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Write synthetic rollouts: random ids and log-probs, lengths from 1/8 of the longest to all of it."""
-    folder.mkdir(parents=True)
-    began, number = time.monotonic(), 0
-    while number < given.rollouts:
-        count = min(SHARD, given.rollouts - number)
-        rng = np.random.default_rng(number)
-        low = given.tokens // 8 if given.ragged else given.tokens
-        pq.write_table(
-            _table(rng, number, rng.integers(low, given.tokens + 1, count)),
-            folder / f"part-{number // SHARD:05d}.parquet",
-            row_group_size=given.group,
-            use_dictionary=["problem"],
-        )
-        number += count
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    """Write synthetic rollouts: random ids and log-probs, lengths from 1/8 of the longest to all of it.
+
+    Every part has the arrays of the first.
+    """
+    from opd_jax.rollout.store import RolloutStore
+
+    began, store = time.monotonic(), RolloutStore(folder, {"made_by": "measure_feed"})
+    drawn = _drawn(given)
+    for round_, first in enumerate(range(0, given.rollouts, ROUND)):
+        last = min(first + ROUND, given.rollouts)
+        for number in range(first, last, PART):
+            count = min(PART, last - number)
+            store.append(
+                [
+                    dataclasses.replace(
+                        rollout, round=round_, problem=f"problem {(number + i) // 8}", sample=i % 8
+                    )
+                    for i, rollout in enumerate(drawn[:count])
+                ]
+            )
+        store.seal(round_)
+    size = sum(shard["bytes"] for shard in store.shards)
     return {"bytes": size, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _table(rng: np.random.Generator, first: int, lengths: np.ndarray) -> pa.Table:
-    count = len(lengths)
+def _drawn(given: argparse.Namespace) -> list[Any]:
+    from opd_jax.rollout.store import Rollout, Score
 
-    def lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
-        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    rng = np.random.default_rng(0)
 
-    def ids(sizes: np.ndarray) -> pa.ListArray:
-        return lists(rng.integers(0, 150_000, sizes.sum(), np.int32), sizes)
+    def one() -> Rollout:
+        length = int(rng.integers(given.tokens // 8, given.tokens + 1)) if given.ragged else given.tokens
 
-    def nats() -> pa.ListArray:
-        return lists(-rng.standard_exponential(lengths.sum(), np.float32), lengths)
+        def nats(*shape: int) -> np.ndarray:
+            return -rng.standard_exponential((length, *shape), np.float32)
 
-    return pa.table(
-        {
-            "round": np.zeros(count, np.int32),
-            "problem": [f"problem {(first + i) // 8}" for i in range(count)],
-            "sample": np.arange(count, dtype=np.int32) % 8,
-            "prompt_ids": ids(np.full(count, PROMPT)),
-            "response_ids": ids(lengths),
-            "behaviour_logprobs": nats(),
-            "truncated": np.zeros(count, bool),
-            "reward": np.zeros(count, np.float32),
-            "old_logprobs": nats(),
-            "teacher_logprobs": nats(),
-        }
-    )
+        def ids(*shape: int) -> np.ndarray:
+            return rng.integers(0, 150_000, shape, np.int32)
+
+        return Rollout(
+            round=0,
+            problem="",
+            sample=0,
+            prompt_ids=ids(PROMPT),
+            response_ids=ids(length),
+            behaviour_logprobs=nats(),
+            truncated=False,
+            reward=0.0,
+            score=Score(
+                old_logprobs=nats(),
+                teacher_logprobs=nats(),
+                teacher_topk_ids=ids(length, given.top_k),
+                teacher_topk_logprobs=nats(given.top_k),
+                teacher_outside_mass=-nats(),
+                teacher_entropy=-nats(),
+            ),
+        )
+
+    return [one() for _ in range(min(PART, given.rollouts))]
 
 
 def read(folder: Path, given: argparse.Namespace, state: Any = None, stop: int | None = None) -> dict:
@@ -83,8 +98,9 @@ def read(folder: Path, given: argparse.Namespace, state: Any = None, stop: int |
     from opd_jax.rollout.feed import packed_batches
     from opd_jax.rollout.score import batch_of
     from opd_jax.rollout.source import RolloutSource
+    from opd_jax.rollout.store import RolloutStore
 
-    source = RolloutSource(sorted(folder.glob("*.parquet")), READ)
+    source = RolloutSource(RolloutStore(folder), READ)
     before = peak_bytes()
     feed = iter(
         packed_batches(
@@ -111,7 +127,8 @@ def read(folder: Path, given: argparse.Namespace, state: Any = None, stop: int |
             break
         digest = hashlib.sha256(fed.numbers.tobytes())
         rows, signal = fed.batch.rows, fed.batch.signal
-        for array in (*vars(rows).values(), signal.old, signal.teacher, signal.group):
+        scores = signal.old, signal.teacher, signal.group, signal.support_ids, signal.support_logprobs
+        for array in (*vars(rows).values(), *scores):
             digest.update(np.ascontiguousarray(array).data)
         digests.append(digest.hexdigest()[:16])
         np.add.at(seen, fed.numbers, 1)
@@ -143,7 +160,7 @@ def peak_bytes() -> int:
 def step(name: str, folder: Path, given: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """One step in a process of its own."""
     out = folder.with_name(f"{folder.name}.{name}.json")
-    asked = [f"--{key}={getattr(given, key)}" for key in SHAPE]
+    asked = [f"--{key}={getattr(given, key.replace('-', '_'))}" for key in SHAPE]
     command = [sys.executable, __file__, str(folder.parent), *asked, "--step", name, "--out", str(out)]
     command += ["--ragged"] if given.ragged else []
     subprocess.run(
@@ -163,7 +180,7 @@ SHAPE = {
     "width": 8390,
     "window": 512,
     "threads": 2,
-    "group": 8,
+    "top-k": 32,
 }
 
 
@@ -186,10 +203,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         Path(given.out).write_text(json.dumps(told))
         return told
-    needed = given.rollouts * given.tokens * 4 * 4
+    needed = given.rollouts * given.tokens * 4 * (6 + 2 * given.top_k)
     if shutil.disk_usage(given.folder).free < 1.2 * needed:
         raise SystemExit(
-            f"the shards take {needed / 1e9:.1f} GB: {given.folder} has less; name another folder"
+            f"the shards take {needed / 1e9:.1f} GB: {given.folder} has less; name another folder, or ask "
+            "for fewer --rollouts or --top-k"
         )
     try:
         step("write", folder, given, {})

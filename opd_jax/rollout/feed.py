@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
@@ -16,9 +17,8 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.keys import derived_seed
-from opd_jax.rollout.rows import Packing, lengths_of, pack
+from opd_jax.rollout.rows import Packing, pack
 from opd_jax.rollout.source import RolloutSource
-from opd_jax.rollout.store import Rollout
 
 Put = Callable[[Any, int], Packing]  # of lengths and a width
 
@@ -33,10 +33,9 @@ class Fed(NamedTuple):
 
 
 class _Pile(NamedTuple):
-    """A batch before it is made."""
+    """A batch before it is read."""
 
     numbers: list[int]
-    rollouts: list[Rollout]
     counts: np.ndarray
     width: int
 
@@ -59,7 +58,8 @@ def packed_batches(
 
     Every epoch has an order of its own, of which a host reads every ``hosts``-th rollout. Rollouts are
     packed within windows of that order, each into rows of the narrowest width that holds it, and the
-    batches of a window come shuffled. The last rows of a window may be empty.
+    batches of a window come shuffled. The last rows of a window may be empty. A window is numbers and
+    lengths: of the rollouts themselves only those of one batch are in memory.
 
     The iterator's ``get_state`` is a JSON value; ``set_state`` with it, in another process too, goes on with
     the batch that would have come next. Give the dataset to `grain.experimental.ThreadPrefetchIterDataset`
@@ -72,18 +72,18 @@ def packed_batches(
       seed: of the order.
       rows: B of a batch of the widest rows; one of narrower rows has as many more as fit in its place.
       widths: T, one program each for what uses the batches.
-      window: rollouts that are packed together; up to ``threads + 1`` windows are in memory.
+      window: rollouts that are packed together.
       epochs: passes over the source; endless by default, since hosts may come to an end a batch apart.
       host, hosts: which part of the order is read: `jax.process_index` of `jax.process_count`.
-      threads: that read windows ahead; 0 for none.
+      threads: that read the rollouts of a batch; 0 for none.
       put: which rollouts share a row; `opd_jax.rollout.rows.one_each` where none may.
 
     Returns:
       A `grain.IterDataset` of `Fed`.
 
     Raises:
-      InputError: there is nothing to read; later, a rollout is longer than the widest rows, a shard cannot be
-        read, or a state is of another feed.
+      InputError: there is nothing to read; later, a rollout is longer than the widest rows, a shard was
+        changed or cannot be read, or a state is of another feed, or none.
     """
     if not 0 <= host < hosts or len(source) < hosts:
         raise InputError(
@@ -108,8 +108,8 @@ def packed_batches(
 
     order = grain.MapDataset.range(len(source)).shuffle(seed=derived_seed(seed, "feed"))
     windows = order[host::hosts].repeat(epochs).batch(window, batch_fn=np.asarray).map_with_index(piles)
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return _Feed(windows.to_iter_dataset(ahead), make, about)
+    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return _Feed(windows.to_iter_dataset(here), source, make, threads, about)
 
 
 def _piles(
@@ -121,8 +121,7 @@ def _piles(
     order: np.random.Generator,
 ) -> list[_Pile]:
     """The batches of a window."""
-    rollouts = [source[number] for number in numbers]
-    lengths = lengths_of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    lengths = np.array([source.length(number) for number in numbers])
     bucket = np.searchsorted(widths, lengths)
     for index in np.flatnonzero(bucket == len(widths)):
         raise InputError(
@@ -140,34 +139,47 @@ def _piles(
             batch = held[at : at + count]
             counts = [len(row) for row in batch] + [0] * (count - len(batch))
             inside = np.concatenate(batch)
-            found.append(
-                _Pile([numbers[i] for i in inside], [rollouts[i] for i in inside], np.array(counts), width)
-            )
+            found.append(_Pile([numbers[i] for i in inside], np.array(counts), width))
     return [found[index] for index in order.permutation(len(found))]
 
 
 def _digest(source: RolloutSource) -> str:
-    shards = json.dumps([[file.name, rows] for file, rows in source.shards])
+    shards = json.dumps([[shard["sha256"], shard["rows"]] for shard in source.shards])
     return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
 
 class _Feed(grain.IterDataset):
     """Batches out of windows, one at a time."""
 
-    def __init__(self, windows: grain.IterDataset, make: Callable[..., Any], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        windows: grain.IterDataset,
+        source: RolloutSource,
+        make: Callable[..., Any],
+        threads: int,
+        about: dict[str, Any],
+    ) -> None:
         super().__init__(windows)
-        self._make, self._about = make, about
+        self._given = source, make, threads, about
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _FeedIterator(iter(self._parent), self._make, self._about)
+        return _FeedIterator(iter(self._parent), *self._given)
 
 
 class _FeedIterator(grain.DatasetIterator):
-    def __init__(self, windows: Any, make: Callable[..., Any], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        windows: Any,
+        source: RolloutSource,
+        make: Callable[..., Any],
+        threads: int,
+        about: dict[str, Any],
+    ) -> None:
         super().__init__(windows)
-        self._make, self._about = make, about
+        self._source, self._make, self._about = source, make, about
+        self._map: Callable[..., Any] = ThreadPoolExecutor(threads).map if threads else map
         self._window, self._done = self._parent.get_state(), 0  # state before the window; its batches done
-        self._piles: list[_Pile | None] = []
+        self._piles: list[_Pile] = []
 
     def __next__(self) -> Fed:
         while self._done == len(self._piles):
@@ -175,25 +187,38 @@ class _FeedIterator(grain.DatasetIterator):
             self._piles = next(self._parent)
             self._window, self._done = before, 0
         pile = self._piles[self._done]
-        assert pile is not None
-        self._piles[self._done] = None  # its rollouts are in memory no longer than they are needed
         self._done += 1
-        batch = self._make(pile.rollouts, pile.width, counts=pile.counts)
+        rollouts = list(self._map(self._source.__getitem__, pile.numbers))
+        batch = self._make(rollouts, pile.width, counts=pile.counts)
         return Fed(np.array(pile.numbers), pile.counts, pile.width, batch)
 
     def get_state(self) -> dict[str, Any]:
         return {"window": self._window, "batches": self._done, "of": self._about}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        try:
+            of, window, batches = dict(state["of"]), state["window"], int(state["batches"])
+        except (KeyError, TypeError, ValueError):
+            raise _no_position(state) from None
         for name, value in self._about.items():
-            saved = state["of"].get(name)
+            saved = of.get(name)
             if saved != value:
                 raise InputError(
                     f"a position is one of the feed it was saved in: its {name} was {saved!r}, here it is "
                     f"{value!r}; feed as before, or begin anew"
                 )
-        self._parent.set_state(state["window"])
-        self._window, self._done, self._piles = state["window"], 0, []
-        if state["batches"]:
-            self._piles = next(self._parent)
-            self._done = state["batches"]
+        try:
+            self._parent.set_state(window)
+        except (IndexError, KeyError, TypeError):
+            raise _no_position(state) from None
+        piles: list[_Pile] = next(self._parent, []) if batches else []
+        if not 0 <= batches <= len(piles):
+            raise _no_position(state)
+        self._window, self._done, self._piles = window, batches, piles
+
+
+def _no_position(state: Any) -> InputError:
+    told = json.dumps(state, default=repr)
+    return InputError(
+        f"a position is what get_state of a feed has told: {told[:200]} is none; give that, or begin anew"
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import secrets
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from opd_jax.errors import InputError
 from opd_jax.rollout.storage import LOCK, changed
@@ -40,39 +41,73 @@ class ObjectPlace:
 
         with self._said(name):
             found = obstore.get(self._bucket, self._prefix + name)
-            version = {name: found.meta.get(name) for name in ("e_tag", "version")}
-            return bytes(found.bytes()), {name: value for name, value in version.items() if value}
+            return bytes(found.bytes()), _version(found.meta)
+
+    def version(self, name: str) -> Any:
+        import obstore
+
+        try:
+            with self._said(name):
+                return _version(obstore.head(self._bucket, self._prefix + name))
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, io.BufferedReader(_Object(self, name), buffer_size=1 << 20))
+
+    def size(self, name: str) -> int:
+        """Bytes of an object; FileNotFoundError where there is none."""
+        import obstore
+
+        with self._said(name):
+            return int(obstore.head(self._bucket, self._prefix + name)["size"])
+
+    def part(self, name: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` of an object, some at least."""
+        import obstore
+
+        with self._said(name):
+            return bytes(obstore.get_range(self._bucket, self._prefix + name, start=start, end=end))
 
     def create(self, name: str, data: bytes) -> None:
         with self._said(name):
             self._put(name, data, "create")
 
-    def update(self, name: str, data: bytes, version: Any) -> None:
+    def update(self, name: str, data: bytes, version: Any) -> Any:
         from obstore.exceptions import PreconditionError
 
         try:
             with self._said(name):
-                self._put(name, data, "create" if version is None else version)
+                return self._put(name, data, "create" if version is None else version)
         except (FileExistsError, PreconditionError):
-            if self.read(name)[0] != data:  # or else it was we, and the answer was lost on the way
+            there, version = self.read(name)
+            if there != data:  # or else it was we, and the answer was lost on the way
                 raise changed(f"{self.path}/{name}") from None
+            return version
 
-    def _put(self, name: str, data: bytes, mode: Any) -> None:
+    def _put(self, name: str, data: bytes, mode: Any) -> Any:
         import obstore
 
         try:
-            obstore.put(self._bucket, self._prefix + name, data, mode=mode, use_multipart=False)
+            put = obstore.put(self._bucket, self._prefix + name, data, mode=mode, use_multipart=False)
         except FileNotFoundError:
             raise InputError(
                 f"the bucket of an object store must be there: {self.path} has none; create it, or "
                 "check the URL"
             ) from None
+        return _version(put)
 
     def names(self, folder: str) -> list[str]:
+        return self._names(f"{folder}/")
+
+    def all_names(self) -> list[str]:
+        return self._names("")
+
+    def _names(self, prefix: str) -> list[str]:
         import obstore
 
-        with self._said(folder):
-            pages = obstore.list(self._bucket, f"{self._prefix}{folder}/")
+        with self._said(prefix):
+            pages = obstore.list(self._bucket, f"{self._prefix}{prefix}")
             paths = [entry["path"] for page in pages for entry in page]
         return sorted(path.removeprefix(self._prefix) for path in paths)
 
@@ -130,6 +165,36 @@ class ObjectPlace:
             ) from None
 
 
+class _Object(io.RawIOBase):
+    """An object as a file of which only what is asked for is fetched."""
+
+    def __init__(self, place: ObjectPlace, name: str) -> None:
+        self._place, self._name, self._at = place, name, 0
+        self._size = place.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = self._place.part(self._name, self._at, end)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def break_lock(url: str, token: str) -> None:
     """Break the lock of an object store whose owner is gone.
 
@@ -163,6 +228,11 @@ def _bucket(url: str) -> Any:
             "pip install 'opd_jax[objects]'"
         ) from None
     return MemoryStore() if url.startswith("memory://") else from_url(url)
+
+
+def _version(told: Any) -> dict[str, Any]:
+    """What the store tells of an object, as what a put asks for."""
+    return {name: told.get(name) for name in ("e_tag", "version") if told.get(name)}
 
 
 def _owner() -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,16 +72,20 @@ _SCALARS = {
 _ROLLOUT = [field.name for field in dataclasses.fields(Rollout) if field.name != "score"]
 _SCORE = [field.name for field in dataclasses.fields(Score)]
 _HIDDEN = "teacher_hidden"
-GROUP_TOKENS = 2**15  # of the responses in one row group of a shard, about
+GROUP_BYTES = 2**20  # of one row group of a shard, about
+_LIMIT = 2**31  # integers are stored as int32
+_LOGPROB_SLACK = 0.5  # nats above 0 that rounding of large logits to bfloat16 accounts for
 
 
 def check_rollout(rollout: Rollout, where: str) -> None:
-    """Refuse a rollout that could not be trained on; ``where`` names it.
+    """Refuse a rollout that could not be stored as it is or trained on; ``where`` names it.
 
     Raises:
-      InputError: its prompt or response is empty, a per-token column is not as long as the response, or a
-        number is not finite.
+      InputError: its prompt or response is empty, a per-token column is not as long as the response, or has
+        other axes than `Rollout` and `Score` say, a number is not finite or not of its kind, a log-prob is
+        above 0, or the problem is no text.
     """
+    _check_scalars(rollout, where)
     length = len(rollout.response_ids)
     if not length or not len(rollout.prompt_ids):
         raise InputError(
@@ -89,7 +95,10 @@ def check_rollout(rollout: Rollout, where: str) -> None:
     columns = {"behaviour_logprobs": rollout.behaviour_logprobs}
     if rollout.score:
         columns.update({name: column for name, column in vars(rollout.score).items() if column is not None})
+    for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
+        _check_array(name, ids, where)
     for name, column in columns.items():
+        _check_array(name, column, where)
         if len(column) != length:
             raise InputError(
                 f"a per-token column must be as long as its response: {where} has {length} tokens "
@@ -98,6 +107,76 @@ def check_rollout(rollout: Rollout, where: str) -> None:
         if not np.all(np.isfinite(column)):
             raise InputError(
                 f"stored numbers must be finite: {where} has NaN or infinity in {name}; score it again"
+            )
+        if name.endswith("logprobs") and np.max(column, initial=0) > _LOGPROB_SLACK:
+            raise InputError(
+                f"a log-prob must not be above 0: {where} has {float(np.max(column)):g} in {name}; store "
+                "log-probs in nats, not probabilities"
+            )
+
+
+def check_alike(rollouts: Sequence[Rollout]) -> None:
+    """Refuse rollouts that cannot share the columns of a file.
+
+    Raises:
+      InputError: some have a column of scores that others have not, or have another number of ids in it.
+    """
+    first = _shapes(rollouts[0])
+    for rollout in rollouts:
+        shapes = _shapes(rollout)
+        if shapes != first:
+            name = min(name for name in {**shapes, **first} if shapes.get(name) != first.get(name))
+            raise InputError(
+                f"rollouts that are stored together have the same columns: {name} of problem "
+                f"{rollout.problem!r} is {shapes.get(name)}, of problem {rollouts[0].problem!r} "
+                f"{first.get(name)}; score them alike, or append them apart"
+            )
+
+
+def _shapes(rollout: Rollout) -> dict[str, str]:
+    columns = vars(rollout.score) if rollout.score else {}
+    return {
+        name: f"[{', '.join(map(str, ('R', *np.shape(column)[1:])))}]"
+        for name, column in columns.items()
+        if column is not None
+    }
+
+
+def _check_scalars(rollout: Rollout, where: str) -> None:
+    for name in ("round", "sample"):
+        value = getattr(rollout, name)
+        if not isinstance(value, numbers.Integral) or not 0 <= int(value) < _LIMIT:
+            raise InputError(
+                f"rounds and samples are counted from 0 to 2**31 - 1: {where} has {name} {value!r}; "
+                "number them so"
+            )
+    if not isinstance(rollout.reward, numbers.Real) or not math.isfinite(rollout.reward):
+        raise InputError(
+            f"a reward must be a finite number: {where} has {rollout.reward!r}; grade it again, or drop it"
+        )
+    try:
+        rollout.problem.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise InputError(
+            f"a problem must be named in text that UTF-8 has: {where} has {rollout.problem!r}; name it so"
+        ) from None
+
+
+def _check_array(name: str, values: np.ndarray, where: str) -> None:
+    """Its axes; of ids that they are integers that a file can hold, too."""
+    axes = 2 if "topk" in name or name == _HIDDEN else 1
+    if np.ndim(values) != axes:
+        raise InputError(
+            f"a column must have the axes that `Score` and `Rollout` say: {where} has {name} of shape "
+            f"{list(np.shape(values))}, not of {axes} axes; give it so"
+        )
+    if name.endswith("_ids") and np.size(values):
+        ids = np.asarray(values)
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= _LIMIT:
+            found = ids.dtype if ids.dtype.kind not in "iu" else f"{ids.min()} to {ids.max()}"
+            raise InputError(
+                f"ids must be whole numbers from 0 to 2**31 - 1: {where} has {found} in {name}; use the ids "
+                "of a tokenizer"
             )
 
 
@@ -109,12 +188,11 @@ def encode(rollouts: Sequence[Rollout], says: Mapping[str, Any]) -> bytes:
         if getattr(score, name) is not None:
             columns[name] = _column(name, [getattr(r.score, name) for r in rollouts])
     table = pa.table(columns).replace_schema_metadata({_STAMP: json.dumps(says, sort_keys=True)})
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     file = io.BytesIO()
     # A row group is the least that can be read, and so what one rollout costs a reader that shuffles.
-    size = max(1, GROUP_TOKENS * len(rollouts) // max(tokens, 1))
+    size = max(1, GROUP_BYTES * len(rollouts) // table.nbytes)
     # Dictionaries are for what repeats; of numbers they made files half as large again, and slower to read.
-    pq.write_table(table, file, row_group_size=size, use_dictionary=["problem"])
+    pq.write_table(table, file, row_group_size=size, use_dictionary=["problem"], write_page_checksum=True)
     return file.getvalue()
 
 
@@ -125,7 +203,7 @@ def decode(data: bytes) -> list[Rollout]:
       ValueError: it is no such file.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
         names = [name for name in (*_ROLLOUT, *_SCORE) if name in table.column_names]
         columns = {name: values_of(name, table.column(name).combine_chunks()) for name in names}
         scored = "old_logprobs" in columns

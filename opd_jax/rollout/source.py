@@ -7,99 +7,151 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opd_jax.errors import InputError
+from opd_jax.rollout.rows import lengths_of
 from opd_jax.rollout.schema import values_of
-from opd_jax.rollout.store import Rollout, Score
+from opd_jax.rollout.store import Rollout, RolloutStore, Score
 
 _ROLLOUT = tuple(name for name in Rollout.__dataclass_fields__ if name != "score")
 _SCORE = tuple(name for name in Score.__dataclass_fields__ if name != "teacher_hidden")
 
 
-class RolloutSource:
-    """Rollout i of parquet shards, in the order of the files and of the rows within them.
+class _Opened(NamedTuple):
+    """What stays in memory of a shard that was verified."""
 
-    A row group is the least that parquet reads, so it is what one rollout costs; the newest few stay in
-    memory for those who read in order. Threads may share a source.
+    starts: list[int]  # row of the shard that each row group begins with
+    lengths: np.ndarray  # [rows] int32: positions that each rollout takes
+
+
+class RolloutSource:
+    """Rollout i of a store, in the order of its rounds and of the rows within them.
+
+    Its memory is a few row groups of the columns that are asked for, whatever the store holds. A row group
+    is the least that parquet reads, so it is what one rollout costs; the newest few stay in memory for those
+    who read in order. A shard is compared with its SHA-256 when something of it is first asked for; its pages
+    bear checksums, which tell what becomes of it later. Threads may share a source.
 
     Args:
-      files: the shards of a store in the order of its manifest, as `RolloutStore.files` has them.
-      columns: of `Score`, those to read, by default all that are there but the teacher's hidden states; the
-        others are None.
+      store: of whose sealed rounds the rollouts are, as it is now.
+      columns: of `Score`, those to read, the teacher's hidden states excepted; the others are None, and so is
+        the score where none is named.
       held: row groups that stay in memory.
 
     Raises:
-      InputError: a file is missing, or no parquet file of rollouts.
+      InputError: a column is none of `Score`; later, a shard is missing, changed, or without a column.
     """
 
-    def __init__(
-        self, files: Sequence[str | Path], columns: Sequence[str] | None = None, *, held: int = 4
-    ) -> None:
-        self._wanted = {*_ROLLOUT, *(_SCORE if columns is None else columns)}
-        self._held, self._lock = held, threading.Lock()
-        self._groups: OrderedDict[int, Mapping[str, Any]] = OrderedDict()
-        self._metadata: list[pq.FileMetaData] = []
-        self._starts: list[int] = []  # number of the first rollout of each row group
-        self._places: list[tuple[int, int]] = []  # its file, and which of the file's row groups it is
-        self.shards: list[tuple[Path, int]] = []  # each file and its rollouts
-        count = 0
-        for number, file in enumerate(map(Path, files)):
-            with _reading(file):
-                metadata = pq.read_metadata(file)
-            self._metadata.append(metadata)
-            self.shards.append((file, metadata.num_rows))
-            for group in range(metadata.num_row_groups):
-                self._starts.append(count)
-                self._places.append((number, group))
-                count += metadata.row_group(group).num_rows
-        self._count = count
+    def __init__(self, store: RolloutStore, columns: Sequence[str] = (), *, held: int = 4) -> None:
+        for name in columns:
+            if name not in _SCORE:
+                raise InputError(
+                    f"a column must be one that is fed: got {name!r}; choose from {', '.join(_SCORE)}"
+                )
+        self._store, self._columns = store, [*_ROLLOUT, *columns]
+        self._held, self._lock, self._opening = held, threading.Lock(), threading.Lock()
+        self._groups: OrderedDict[tuple[int, int], Mapping[str, Any]] = OrderedDict()
+        self._opened: dict[int, _Opened] = {}
+        self.shards = store.shards
+        self._starts = [0, *accumulate(shard["rows"] for shard in self.shards)]
 
     def __len__(self) -> int:
-        return self._count
+        return self._starts[-1]
 
     def __repr__(self) -> str:
-        return f"RolloutSource({self._count} rollouts in {len(self.shards)} files)"
+        return f"RolloutSource({len(self)} rollouts in {len(self.shards)} shards of {self._store.path})"
 
     def __getitem__(self, index: Any) -> Rollout:
-        """Rollout ``index``, counted from 0 over all files; its arrays are its own."""
-        index = range(self._count)[index]
-        place = bisect.bisect_right(self._starts, index) - 1
-        row = index - self._starts[place]
-        return _rollout({name: column[row] for name, column in self._group(place).items()})
+        """Rollout ``index``, counted from 0 over all shards; its arrays are its own."""
+        shard, row = self._place(index)
+        starts = self._open(shard).starts
+        group = bisect.bisect_right(starts, row) - 1
+        columns = self._group(shard, group)
+        return _rollout({name: column[row - starts[group]] for name, column in columns.items()})
 
-    def _group(self, place: int) -> Mapping[str, Any]:
+    def length(self, index: Any) -> int:
+        """Positions that rollout ``index`` takes in a row, P + R - 1, without its columns."""
+        shard, row = self._place(index)
+        return int(self._open(shard).lengths[row])
+
+    def _place(self, index: Any) -> tuple[int, int]:
+        """Shard of a rollout, and its row there."""
+        index = range(len(self))[index]
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _open(self, number: int) -> _Opened:
+        """A shard, verified once."""
+        with self._opening:
+            if number not in self._opened:
+                self._store.check(self.shards[number])
+                with self._reading(number) as reader:
+                    self._opened[number] = self._looked_at(reader, number)
+            return self._opened[number]
+
+    def _looked_at(self, reader: pq.ParquetFile, number: int) -> _Opened:
+        for name in self._columns:
+            if name not in reader.schema_arrow.names:
+                raise InputError(
+                    f"a shard must have the columns that are read: {self._file(number)} has no {name}; score "
+                    "what has no scores, or ask for columns that are there"
+                )
+        groups = range(reader.metadata.num_row_groups)
+        lengths = [
+            lengths_of(*(self._read(reader, group, [name])[name] for name in ("prompt_ids", "response_ids")))
+            for group in groups
+        ]
+        starts = [0, *accumulate(reader.metadata.row_group(group).num_rows for group in groups)]
+        if starts[-1] != self.shards[number]["rows"]:
+            raise InputError(
+                f"a shard must have the rows that the manifest says: {self._file(number)} has {starts[-1]}, "
+                f"not {self.shards[number]['rows']}; restore it from a copy"
+            )
+        return _Opened(starts[:-1], np.concatenate(lengths).astype(np.int32))
+
+    def _group(self, number: int, group: int) -> Mapping[str, Any]:
         """The columns of a row group, a sequence each."""
+        place = number, group
         with self._lock:
             if place in self._groups:
                 self._groups.move_to_end(place)
                 return self._groups[place]
-        number, group = self._places[place]
-        file, _ = self.shards[number]
-        with _reading(file), pq.ParquetFile(file, metadata=self._metadata[number]) as reader:
-            names = [name for name in reader.schema_arrow.names if name in self._wanted]
-            table = reader.read_row_group(group, columns=names, use_threads=False)
-            columns = {name: values_of(name, table[name].combine_chunks()) for name in names}
+        with self._reading(number) as reader:  # whose footers would fill the memory, were they all kept
+            columns = self._read(reader, group, self._columns)
         with self._lock:
             self._groups[place] = columns
             while len(self._groups) > self._held:
                 self._groups.popitem(last=False)
         return columns
 
+    def _read(self, reader: pq.ParquetFile, group: int, names: list[str]) -> dict[str, Any]:
+        table = reader.read_row_group(group, columns=names, use_threads=False)
+        return {name: values_of(name, table[name].combine_chunks()) for name in names}
 
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"a shard must be a parquet file of rollouts: {file} is not ({error}); restore it"
-        ) from None
+    @contextlib.contextmanager
+    def _reading(self, number: int) -> Iterator[pq.ParquetFile]:
+        try:
+            with (
+                self._store.place.open(self.shards[number]["file"]) as file,
+                pq.ParquetFile(file, page_checksum_verification=True) as reader,
+            ):
+                yield reader
+        except InputError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"a shard must be a parquet file of rollouts: {self._file(number)} is not ({error}); "
+                "restore it"
+            ) from None
+
+    def _file(self, number: int) -> str:
+        return f"{self._store.path}/{self.shards[number]['file']}"
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout:
@@ -109,6 +161,6 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
         return value.copy() if isinstance(value, np.ndarray) else value
 
     score = None
-    if "old_logprobs" in row:
+    if any(name in row for name in _SCORE):
         score = Score(**{name: own(row.get(name)) for name in _SCORE})
     return Rollout(**{name: own(row[name]) for name in _ROLLOUT}, score=score)

@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from opd_jax.errors import InputError
 from opd_jax.files import replacing, sync
@@ -35,14 +35,23 @@ class Place(Protocol):
     def read(self, name: str) -> tuple[bytes, Any]:
         """A file's content, and its version; FileNotFoundError where there is none."""
 
+    def version(self, name: str) -> Any:
+        """The version that `read` would tell, without the content; None where there is no file."""
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read some of at a time; FileNotFoundError where there is none."""
+
     def create(self, name: str, data: bytes) -> None:
         """Write a new file whole; FileExistsError where there is one."""
 
-    def update(self, name: str, data: bytes, version: Any) -> None:
-        """Replace a file that is still of a version, or create it where the version is None."""
+    def update(self, name: str, data: bytes, version: Any) -> Any:
+        """Replace a file that is still of a version, or create it where that is None; its new version."""
 
     def names(self, folder: str) -> list[str]:
         """Names of the whole files in a folder, in order; none where there is no folder."""
+
+    def all_names(self) -> list[str]:
+        """Names of all files, those that tools pass by included, in order."""
 
     def remove(self, name: str) -> None:
         """Take a file away, if it is there."""
@@ -96,19 +105,37 @@ class LocalPlace:
         self._lock: weakref.finalize | None = None
 
     def read(self, name: str) -> tuple[bytes, Any]:
-        data = (self.path / name).read_bytes()
-        return data, data
+        with self.open(name) as file:
+            return file.read(), _version(os.fstat(file.fileno()))
+
+    def version(self, name: str) -> Any:
+        try:
+            return _version((self.path / name).stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        try:
+            return (self.path / name).open("rb")
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise InputError(
+                f"a store's files must be there to be read: {self.path / name} is not ({error.strerror}); "
+                "restore it from a copy, or give leave"
+            ) from None
 
     def create(self, name: str, data: bytes) -> None:
         if (self.path / name).exists():
             raise FileExistsError(self.path / name)
         self._write(self.path / name, data)
 
-    def update(self, name: str, data: bytes, version: Any) -> None:
+    def update(self, name: str, data: bytes, version: Any) -> Any:
         file = self.path / name
-        if (file.read_bytes() if file.exists() else None) != version:
+        if self.version(name) != version:
             raise changed(file)
         self._write(file, data)
+        return self.version(name)
 
     def _write(self, file: Path, data: bytes) -> None:
         with _said(file):
@@ -121,6 +148,10 @@ class LocalPlace:
             return []
         files = (file for file in (self.path / folder).iterdir() if not file.name.startswith("."))
         return sorted(f"{folder}/{file.name}" for file in files)
+
+    def all_names(self) -> list[str]:
+        found = (Path(folder, file) for folder, _, files in os.walk(self.path) for file in files)
+        return sorted(file.relative_to(self.path).as_posix() for file in found)
 
     def remove(self, name: str) -> None:
         with _said(self.path / name):
@@ -175,6 +206,11 @@ def changed(what: object) -> InputError:
         f"one writer at a time works on a store: {what} has changed since it was read; see who else writes "
         "there, and go on after that"
     )
+
+
+def _version(told: os.stat_result) -> tuple[int, ...]:
+    """Of a file: one that is replaced has another inode, and nearly always another time and size."""
+    return told.st_ino, told.st_mtime_ns, told.st_size
 
 
 def _make_folder(folder: Path) -> None:

@@ -15,8 +15,11 @@ them. Shards never change. Every file says of itself which store, round and part
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +30,7 @@ from opd_jax.rollout.schema import (
     SCHEMA_VERSION,
     Rollout,
     Score,
+    check_alike,
     check_rollout,
     decode,
     encode,
@@ -39,6 +43,7 @@ __all__ = ["MANIFEST", "SCHEMA_VERSION", "Rollout", "RolloutStore", "Score"]
 # A dot file, so that tools which read the whole folder as parquet pass it by.
 MANIFEST = ".manifest.json"
 SHORTEST = 12  # characters of a digest that name it
+DAMAGED = ".damaged"  # folder of parts that were not whole, which tools pass by
 
 
 class RolloutStore:
@@ -65,6 +70,7 @@ class RolloutStore:
         self.about = json.loads(json.dumps(dict(about or {})))
         self._locked = self._entered = False
         self._numbers: dict[int, set[int]] = {}  # of the parts of rounds that are not sealed
+        self._known: tuple[Any, dict[str, Any]] | None = None  # a manifest by its version, never changed
         written_for = self._manifest()["about"]
         for name, expected in self.about.items():
             found = written_for.get(name)
@@ -81,7 +87,12 @@ class RolloutStore:
         return self._read_manifest()[0]
 
     def _read_manifest(self) -> tuple[dict[str, Any], Any]:
-        """The manifest, and its version in the place; None where there is none yet."""
+        """The manifest, and its version in the place; None where there is none yet.
+
+        It grows with every round, so it is parsed once for each version.
+        """
+        if self._known and self.place.version(MANIFEST) == self._known[0]:
+            return self._known[1], self._known[0]
         try:
             data, version = self.place.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
@@ -90,7 +101,7 @@ class RolloutStore:
         try:
             manifest = json.loads(data)
             schema, digest = manifest["schema"], manifest.pop("sha256", None)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"a store's manifest must be whole JSON: {file} is not ({error}); restore it"
             ) from None
@@ -103,11 +114,16 @@ class RolloutStore:
             raise InputError(
                 f"a store's manifest must be as it was written: {file} is not, by its own SHA-256; restore it"
             )
+        self._known = version, manifest
         return manifest, version
 
     def _write_manifest(self, manifest: dict[str, Any], version: Any) -> None:
-        text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1)
-        self.place.update(MANIFEST, f"{text}\n".encode(), version)
+        # A line a round. An indented one takes ten times as long to write, and is written every round.
+        head = json.dumps({name: value for name, value in manifest.items() if name != "rounds"})
+        rounds = ",\n".join(json.dumps(entry) for entry in manifest["rounds"])
+        text = f'{head[:-1]}, "sha256": "{_manifest_digest(manifest)}", "rounds": [\n{rounds}\n]}}\n'
+        version = self.place.update(MANIFEST, text.encode(), version)
+        self._known = version, manifest
 
     @property
     def about_store(self) -> dict[str, Any]:
@@ -120,10 +136,14 @@ class RolloutStore:
         return [entry["round"] for entry in self._manifest()["rounds"]]
 
     @property
+    def shards(self) -> list[dict[str, Any]]:
+        """What the manifest says of the shards of all sealed rounds, in order."""
+        return [dict(shard) for entry in self._manifest()["rounds"] for shard in entry["shards"]]
+
+    @property
     def files(self) -> list[str]:
-        """The shards of all sealed rounds, in order: what `opd_jax.rollout.source.RolloutSource` reads."""
-        entries = self._manifest()["rounds"]
-        return [f"{self.path}/{shard['file']}" for entry in entries for shard in entry["shards"]]
+        """Where the shards of all sealed rounds lie, in order."""
+        return [f"{self.path}/{shard['file']}" for shard in self.shards]
 
     def shard(self, round_: int) -> dict[str, Any]:
         """What the manifest says of a sealed round: ``rows``, ``tokens``, ``shards``, what `seal` was told.
@@ -133,7 +153,7 @@ class RolloutStore:
         """
         for entry in self._manifest()["rounds"]:
             if entry["round"] == round_:
-                return entry
+                return copy.deepcopy(entry)
         raise InputError(
             f"a round must be in the store to be read: {self.path} has rounds {self.rounds}, "
             f"not {round_}; sample and score it first"
@@ -151,21 +171,42 @@ class RolloutStore:
         ]
 
     def verify(self) -> None:
-        """Compare every shard with its SHA-256, and look for shards that are not of this store.
+        """Compare every shard with its SHA-256, and look for files that tools would read beside them.
 
         Raises:
-          InputError: a shard is missing, changed, or not in the manifest; the message names the file.
+          InputError: a shard is missing or changed, a file is no shard of this store, or there is no
+            manifest; the message names the file.
         """
-        for entry in self._manifest()["rounds"]:
-            for shard in entry["shards"]:
-                self._verified(shard)
-            known = {shard["file"] for shard in entry["shards"]}
-            for name in self.place.names(_folder(entry["round"])):
-                if name not in known:
-                    raise InputError(
-                        f"a sealed round holds its own shards alone: {self.path}/{name} is not in the "
-                        "manifest; take it away"
-                    )
+        self._refuse_orphans()
+        shards, rounds = self.shards, self.rounds
+        for shard in shards:
+            self.check(shard)
+        known = {shard["file"] for shard in shards}
+        # Where nothing is staged, or a process was killed before the manifest, parts are visible.
+        for round_ in self._rounds_of_parts() - set(rounds):
+            known.update(f"{_folder(round_)}/{Path(name).name}" for name, _ in self._parts(round_))
+        for name in self.place.all_names():
+            if name not in known and not any(part.startswith(".") for part in name.split("/")):
+                raise InputError(
+                    f"a store holds its own shards alone: {self.path}/{name} is not in the "
+                    "manifest; take it away"
+                )
+
+    def check(self, shard: Mapping[str, Any]) -> None:
+        """Compare a shard, as `shards` has it, with its SHA-256, some of it in memory at a time.
+
+        Raises:
+          InputError: it is missing or changed; the message names the file.
+        """
+        digest = hashlib.sha256()
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            self.place.open(shard["file"]) as file,
+        ):
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+        if digest.hexdigest() != shard["sha256"]:
+            self._verified(shard)  # which says what is wrong
 
     def _verified(self, shard: Mapping[str, Any]) -> bytes:
         file = f"{self.path}/{shard['file']}"
@@ -209,8 +250,9 @@ class RolloutStore:
           made_by: what drew or scored them, as JSON values: the parts of a round must agree on it.
 
         Raises:
-          InputError: a response is empty, a per-token column is not as long as its response or not finite,
-            the round is sealed already, another process writes, or the place has no room.
+          InputError: a rollout cannot be stored as it is (`opd_jax.rollout.schema.check_rollout`) or has
+            other columns than the rest, the round is sealed already, another process writes, the manifest
+            is gone, or the place has no room.
         """
         for rollout in rollouts:
             check_rollout(rollout, f"a rollout of problem {rollout.problem!r}")
@@ -232,6 +274,7 @@ class RolloutStore:
         for round_ in dict.fromkeys(rollout.round for rollout in rollouts):
             _refuse_sealed(manifest, round_, self.path)
             chosen = [rollout for rollout in rollouts if rollout.round == round_]
+            check_alike(chosen)
             if round_ not in self._numbers:  # nobody else adds to them while the store is locked
                 self._numbers[round_] = {_number(name) for name, _ in self._parts(round_, made_by)}
             taken = self._numbers[round_]
@@ -256,7 +299,7 @@ class RolloutStore:
     def pending(self, round_: int, **made_by: Any) -> list[Rollout]:
         """The rollouts of a round that is not sealed yet, verified, in the order of their parts.
 
-        A part that is not whole counts for nothing, and makes room for another.
+        A part that is not whole counts for nothing; who holds the lock sets it aside, and says so.
 
         Args:
           round_: which round.
@@ -311,9 +354,9 @@ class RolloutStore:
                 raise InputError(f"a round must have rows: round {round_} has none; append rollouts first")
             self.place.publish(_folder(round_))
             counts = {name: sum(shard[name] for shard in shards) for name in ("rows", "tokens")}
-            manifest["rounds"].append({"round": round_, **counts, "shards": shards, **about})
-            manifest["rounds"].sort(key=lambda entry: entry["round"])
-            self._write_manifest(manifest, version)
+            entry = json.loads(json.dumps({"round": round_, **counts, "shards": shards, **about}))
+            rounds = sorted([*manifest["rounds"], entry], key=lambda entry: entry["round"])
+            self._write_manifest({**manifest, "rounds": rounds}, version)
 
     def _part_names(self, round_: int) -> list[str]:
         final = _folder(round_)
@@ -324,7 +367,7 @@ class RolloutStore:
         )
 
     def _parts(self, round_: int, made_by: Mapping[str, Any] | None = None) -> Iterator[tuple[str, bytes]]:
-        """The whole parts of a round that is not sealed, by number; who holds the lock drops the others."""
+        """The whole parts of a round that is not sealed, by number; who holds the lock sets others aside."""
         about, wanted = self.about_store, json.loads(json.dumps(made_by))
         for name in self._part_names(round_):
             file = f"{self.path}/{name}"
@@ -335,7 +378,7 @@ class RolloutStore:
             data, _ = self.place.read(name)
             if not is_whole(name, data):
                 if self._locked:
-                    self.place.remove(name)
+                    self._set_aside(name, data)
                 continue
             told = said_by(data)
             if (told.get("about"), told.get("round"), told.get("part")) != (about, round_, _number(name)):
@@ -348,6 +391,31 @@ class RolloutStore:
                     f"{told.get('made_by')}, this run has {wanted}; remove it to make it again"
                 )
             yield name, data
+
+    def _set_aside(self, name: str, data: bytes) -> None:
+        """Put a part that is not whole where tools pass by, and say so."""
+        stem = str(Path(name).with_suffix("")).removeprefix(".").replace("/", "-")
+        aside = f"{DAMAGED}/{part_name(stem, data, '.parquet')}"
+        with contextlib.suppress(FileExistsError):
+            self.place.create(aside, data)
+        self.place.remove(name)
+        print(
+            f"opd: a part must be as it was written: {self.path}/{name} is not, by the digest in its name; "
+            f"it is kept as {aside} and made again",
+            file=sys.stderr,
+        )
+
+    def _rounds_of_parts(self) -> set[int]:
+        """Of shards and parts that lie here, in the manifest or not."""
+        found = (re.match(r"\.?round-(\d{5,})/part-", name) for name in self.place.all_names())
+        return {int(match[1]) for match in found if match}
+
+    def _refuse_orphans(self) -> None:
+        if self._read_manifest()[1] is None and (rounds := self._rounds_of_parts()):
+            raise InputError(
+                f"a store's shards are vouched for by its manifest: {self.path} has some of round "
+                f"{min(rounds)} and no {MANIFEST}; restore it from a copy, or name a new folder"
+            )
 
     # Who may write
 
@@ -368,6 +436,11 @@ class RolloutStore:
         if not self._locked:
             self.place.lock()
             self._locked = True
+            try:
+                self._refuse_orphans()
+            except InputError:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Let others write."""

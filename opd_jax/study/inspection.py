@@ -59,16 +59,29 @@ def inspect_store(
       rounds: those to read; all by default.
 
     Raises:
-      InputError: there is no store, it has one column of log-probs only, or the gate asks for what no
-        store has.
+      InputError: there is no store, it has one column of log-probs only or two of different temperatures,
+        or the gate asks for what no store has.
     """
     store, beside = RolloutStore(path), RolloutStore(old_store(path))
+    _check_temperatures(store)
     if not store.rounds:
         raise InputError(f"inspect reads a store of rollouts: {path} has no rounds; name the folder of one")
     if config.gate.segments == "newline" and newline is None:
         raise InputError("gate.segments=newline needs texts: name the model's folder with --tokenizer")
     _check_needs(config)
     return [_read(store, beside, round_, config, newline) for round_ in rounds or store.rounds]
+
+
+def _check_temperatures(store: RolloutStore) -> None:
+    """A server's log-probs are those of temperature 1, and scoring's those of the sampling temperature."""
+    about = store.about_store
+    trainers = about.get("temperature")
+    samplers = about.get("behaviour_logprob_temperature", trainers)
+    if samplers != trainers:
+        raise InputError(
+            f"drift is a difference of log-probs at one temperature: {store.path} has the sampler's at "
+            f"{samplers} and the trainer's at {trainers}; sample at temperature {samplers} to read it"
+        )
 
 
 def _check_needs(config: Config) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.errors import InputError
-from opd_jax.rollout import Rollout, Score
+from opd_jax.rollout import Rollout, Score, schema
 from opd_jax.rollout.feed import packed_batches
 from opd_jax.rollout.rows import one_each
 from opd_jax.rollout.score import batch_of, rows_of
@@ -22,6 +22,15 @@ from opd_jax.rollout.store import RolloutStore
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "measure_feed.py"
 COUNTS = (7, 1, 12)  # rollouts of three shards
+SCORES = (
+    "old_logprobs",
+    "teacher_logprobs",
+    "teacher_entropy",
+    "teacher_topk_ids",
+    "teacher_topk_logprobs",
+    "teacher_outside_mass",
+    "student_topk_logprobs",
+)
 
 
 def rollout(number):
@@ -50,19 +59,21 @@ def rollout(number):
     )
 
 
+def stored(store):
+    """The rollouts in row groups of a few, a round a shard."""
+    number = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "GROUP_BYTES", 5000)
+        for round_, count in enumerate(COUNTS):
+            store.append([rollout(number + i) for i in range(count)])
+            store.seal(round_)
+            number += count
+    return store
+
+
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Shards as a store writes them, in row groups of three."""
-    folder, number = tmp_path_factory.mktemp("feed"), 0
-    store, files = RolloutStore(folder / "store"), []
-    for round_, count in enumerate(COUNTS):
-        store.append([rollout(number + i) for i in range(count)])
-        store.seal(round_)
-        written = store.files[-1]
-        files.append(folder / f"part-{round_}.parquet")
-        pq.write_table(pq.read_table(written), files[-1], row_group_size=3)
-        number += count
-    return files
+def store(tmp_path_factory):
+    return stored(RolloutStore(tmp_path_factory.mktemp("feed")))
 
 
 def same(got, want):
@@ -76,59 +87,110 @@ def same(got, want):
             np.testing.assert_array_equal(a, b, field.name)
 
 
-def test_any_rollout_of_any_shard_comes_out_to_the_bit(shards):
-    source = RolloutSource(shards, held=1)
+def test_any_rollout_of_any_shard_comes_out_to_the_bit(store):
+    source = RolloutSource(store, SCORES, held=1)
     assert len(source) == sum(COUNTS)
     for number in (19, 0, 7, 6, 8, 3, 2, 19, -1):
-        same(source[number], rollout(number % sum(COUNTS)))
+        want = rollout(number % sum(COUNTS))
+        same(source[number], want)
+        assert source.length(number) == len(want.prompt_ids) + len(want.response_ids) - 1
     assert source[4].response_ids.base is None  # a view would keep its row group in memory
     with pytest.raises(IndexError):
         source[20]
 
 
-def test_a_store_of_one_row_group_and_chosen_columns(shards):
-    [written] = (shards[0].parent / "store" / "round-00000").iterdir()
-    source = RolloutSource([written], ["old_logprobs"])
-    got = source[5].score
+def test_only_the_columns_asked_for_are_read(store, monkeypatch):
+    read = set()
+    honest = pq.ParquetFile.read_row_group
+
+    def reading(self, group, columns, **options):
+        read.update(columns)
+        return honest(self, group, columns=columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", reading)
+    got = RolloutSource(store, ["old_logprobs"])[5].score
     np.testing.assert_array_equal(got.old_logprobs, rollout(5).score.old_logprobs)
     assert got.teacher_logprobs is got.teacher_topk_ids is None
+    assert read & {field.name for field in dataclasses.fields(Score)} == {"old_logprobs"}
+    assert RolloutSource(store)[5].score is None
 
 
-def test_only_the_row_group_asked_for_is_read(shards, monkeypatch):
+def test_only_the_row_group_asked_for_is_read(store, monkeypatch):
     read = []
+    source = RolloutSource(store, held=2)
+    for number in (0, 7, 8):  # a shard's lengths are read when it is first asked for something
+        source.length(number)
     honest = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda self, i, **kw: read.append(i) or honest(self, i, **kw)
     )
-    source = RolloutSource(shards, held=2)
-    for number in (0, 1, 2, 8, 0, 13, 1, 8):
+    for number in (0, 1, 8, 0, 13, 1, 8):
         source[number]
-    assert read == [0, 0, 1, 0]  # of the first, the third and its second, and the third again
+    assert read == [0, 0, 1, 0]  # of the first shard, the third and its second, and the third again
 
 
-def test_what_is_no_shard_is_named(shards, tmp_path):
-    with pytest.raises(InputError, match="part-9.parquet is not"):
-        RolloutSource([*shards, tmp_path / "part-9.parquet"])
-    bad = tmp_path / "bad.parquet"
-    whole = bytearray(shards[2].read_bytes())
-    bad.write_bytes(whole[:-100])
-    with pytest.raises(InputError, match="bad.parquet is not"):
-        RolloutSource([bad])
-    whole[20:4000] = bytes(3980)
-    bad.write_bytes(whole)
-    with pytest.raises(InputError, match="bad.parquet is not"):
-        [RolloutSource([bad])[number] for number in range(12)]
+def test_a_store_on_an_object_store_is_fed_as_one_in_a_folder(store):
+    pytest.importorskip("obstore", reason="object stores need opd_jax[objects]")
+    far = stored(RolloutStore("memory://fed/here"))
+    for number in (19, 0, 7):
+        same(RolloutSource(far, SCORES)[number], rollout(number))
+    assert order(far, epochs=1) == order(store, epochs=1)
+    torn = far.shards[1]["file"]
+    data, version = far.place.read(torn)
+    far.place.update(torn, data[:-1] + bytes([data[-1] ^ 1]), version)
+    with pytest.raises(InputError, match=f"memory://fed/here/{torn} has another SHA-256"):
+        RolloutSource(far)[7]
+    far.place.remove(torn)
+    with pytest.raises(InputError, match="is missing"):
+        RolloutSource(far)[7]
 
 
-def feed(shards, **changes):
+def test_a_shard_that_is_not_as_it_was_written_is_named_when_it_is_touched(tmp_path):
+    written = stored(RolloutStore(tmp_path))
+    file = Path(written.files[2])
+    whole = file.read_bytes()
+    for at in range(5, len(whole), len(whole) // 20):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        source = RolloutSource(written)
+        same_ids = source[0].response_ids, source[7].response_ids  # of other shards
+        assert [len(ids) for ids in same_ids] == [len(rollout(i).response_ids) for i in (0, 7)]
+        for touch in (source.length, source.__getitem__):
+            with pytest.raises(InputError, match=f"{file} has another SHA-256 than the manifest"):
+                touch(8)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file} is missing"):
+        RolloutSource(written)[8]
+
+
+def test_a_shard_that_rots_after_it_was_verified_is_named_by_its_pages(tmp_path):
+    written = stored(RolloutStore(tmp_path))
+    source = RolloutSource(written, SCORES)
+    source.length(8)
+    file = Path(written.files[2])
+    pages = pq.read_metadata(file).row_group(0).column(5)
+    rotten = bytearray(file.read_bytes())
+    rotten[pages.data_page_offset + pages.total_compressed_size - 3] ^= 1
+    file.write_bytes(rotten)
+    with pytest.raises(InputError, match=f"{file} is not .*CRC"):
+        source[8]
+
+
+def test_a_column_that_is_not_there_is_named(store):
+    with pytest.raises(InputError, match="round-00000/part-.* has no reference_logprobs"):
+        RolloutSource(store, ["reference_logprobs"])[0]
+    with pytest.raises(InputError, match="got 'teacher_hidden'; choose from old_logprobs, "):
+        RolloutSource(store, ["teacher_hidden"])
+
+
+def feed(store, **changes):
     settings = {"seed": 5, "rows": 2, "widths": [40], "window": 8, "threads": 1} | changes
     make = settings.pop("make", batch_of)
-    return packed_batches(RolloutSource(shards), make, **settings)
+    return packed_batches(RolloutSource(store, SCORES), make, **settings)
 
 
-def test_an_epoch_holds_every_rollout_once_as_it_is(shards):
+def test_an_epoch_holds_every_rollout_once_as_it_is(store):
     seen = []
-    for fed in feed(shards, epochs=1):
+    for fed in feed(store, epochs=1):
         assert fed.batch.rows.tokens.shape == (2, 40)
         assert fed.counts.sum() == len(fed.numbers)
         place = 0
@@ -155,9 +217,9 @@ def test_an_epoch_holds_every_rollout_once_as_it_is(shards):
     assert seen != sorted(seen)
 
 
-def order(shards, batches=None, **changes):
+def order(store, batches=None, **changes):
     found = []
-    for fed in feed(shards, make=rows_of, **changes):
+    for fed in feed(store, make=rows_of, **changes):
         if len(found) == batches:
             break
         found.append(fed.numbers.tolist())
@@ -168,12 +230,12 @@ def joined(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
-def test_the_order_is_the_seeds_and_every_epoch_has_its_own(shards):
-    once = order(shards, epochs=1)
-    assert order(shards, epochs=1) == once == order(shards, epochs=1, threads=0)
-    assert order(shards, epochs=1, seed=6) != once
+def test_the_order_is_the_seeds_and_every_epoch_has_its_own(store):
+    once = order(store, epochs=1)
+    assert order(store, epochs=1) == once == order(store, epochs=1, threads=0)
+    assert order(store, epochs=1, seed=6) != once
     # 20 rollouts are five windows of four: an epoch ends with one.
-    flat = [joined(order(shards, epochs=n, window=4)) for n in (1, 2)]
+    flat = [joined(order(store, epochs=n, window=4)) for n in (1, 2)]
     assert flat[1][:20] == flat[0]
     assert sorted(flat[1][20:]) == sorted(flat[0])
     # It is the rollouts of a window that differ, not the order of its rows alone.
@@ -183,15 +245,15 @@ def test_the_order_is_the_seeds_and_every_epoch_has_its_own(shards):
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
-def test_hosts_share_an_epoch_without_overlap(shards, hosts):
-    parts = [joined(order(shards, epochs=1, hosts=hosts, host=host)) for host in range(hosts)]
+def test_hosts_share_an_epoch_without_overlap(store, hosts):
+    parts = [joined(order(store, epochs=1, hosts=hosts, host=host)) for host in range(hosts)]
     assert sorted(joined(parts)) == list(range(20))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_narrow_rollouts_go_to_narrow_rows_and_kernels_that_cannot_pack_get_one_each(shards):
+def test_narrow_rollouts_go_to_narrow_rows_and_kernels_that_cannot_pack_get_one_each(store):
     shapes, seen = set(), []
-    for fed in feed(shards, epochs=1, widths=[40, 10, 20], put=one_each, make=rows_of):
+    for fed in feed(store, epochs=1, widths=[40, 10, 20], put=one_each, make=rows_of):
         lengths = (fed.batch.sequence_ids > 0).sum(axis=1)
         assert lengths.max() <= fed.width
         assert all(length > fed.width // 2 or fed.width == 10 for length in lengths[lengths > 0])
@@ -202,27 +264,27 @@ def test_narrow_rollouts_go_to_narrow_rows_and_kernels_that_cannot_pack_get_one_
     assert sorted(seen) == list(range(20))
 
 
-def test_a_position_is_restored_to_the_very_next_batch_from_anywhere(shards):
-    whole = order(shards, batches=16)  # endless: more than two epochs
-    running = iter(feed(shards, make=rows_of))
+def test_a_position_is_restored_to_the_very_next_batch_from_anywhere(store):
+    whole = order(store, batches=16)  # endless: more than two epochs
+    running = iter(feed(store, make=rows_of))
     states = []
     for want in whole:
         states.append(json.loads(json.dumps(running.get_state())))
         assert next(running).numbers.tolist() == want
     for at, state in enumerate(states):
-        again = iter(feed(shards, make=rows_of))
+        again = iter(feed(store, make=rows_of))
         next(again)  # wherever it stood
         again.set_state(state)
         assert again.get_state() == state
         assert [next(again).numbers.tolist() for _ in whole[at : at + 3]] == whole[at : at + 3]
 
 
-def test_a_position_passes_through_a_prefetching_thread(shards):
-    whole = order(shards, batches=12)
+def test_a_position_passes_through_a_prefetching_thread(store):
+    whole = order(store, batches=12)
 
     def ahead():
         return iter(
-            grain.experimental.ThreadPrefetchIterDataset(feed(shards, make=rows_of), prefetch_buffer_size=2)
+            grain.experimental.ThreadPrefetchIterDataset(feed(store, make=rows_of), prefetch_buffer_size=2)
         )
 
     running = ahead()
@@ -245,25 +307,44 @@ def test_a_position_passes_through_a_prefetching_thread(shards):
         ({"put": one_each}, "put was 'pack', here it is 'one_each'"),
     ],
 )
-def test_a_position_of_another_feed_is_refused(shards, changes, named):
-    state = iter(feed(shards)).get_state()
+def test_a_position_of_another_feed_is_refused(store, changes, named):
+    state = iter(feed(store)).get_state()
     with pytest.raises(InputError, match=named):
-        iter(feed(shards, **changes)).set_state(state)
+        iter(feed(store, **changes)).set_state(state)
 
 
-def test_a_position_of_other_shards_is_refused(shards):
-    state = iter(feed(shards)).get_state()
+def test_a_position_of_other_shards_is_refused(store, tmp_path):
+    state = iter(feed(store)).get_state()
+    other = RolloutStore(tmp_path)
+    other.append([rollout(0)])
+    other.seal(0)
     with pytest.raises(InputError, match="its shards was"):
-        iter(feed(shards[:2])).set_state(state)
+        iter(feed(other)).set_state(state)
 
 
-def test_what_cannot_be_fed_is_refused(shards):
+def test_what_is_no_position_is_refused(store):
+    running = feed(store, epochs=1)
+    state = iter(running).get_state()
+    for bad in (
+        {},
+        {**state, "of": None},
+        {**state, "window": {}},
+        {**state, "window": {"next_index": 99}},
+        {**state, "batches": 999},
+        {**state, "batches": -1},
+        {**state, "window": {"next_index": 3}, "batches": 1},  # the end, where there are no batches
+    ):
+        with pytest.raises(InputError, match="a position is what get_state of a feed has told: {.* is none"):
+            iter(running).set_state(bad)
+
+
+def test_what_cannot_be_fed_is_refused(store, tmp_path):
     with pytest.raises(InputError, match="host 2 of 2, 20 rollouts"):
-        feed(shards, host=2, hosts=2)
+        feed(store, host=2, hosts=2)
     with pytest.raises(InputError, match="0 rollouts"):
-        feed([])
+        feed(RolloutStore(tmp_path))
     with pytest.raises(InputError, match="the widest rows have 9; add a width"):
-        order(shards, widths=[9])
+        order(store, widths=[9])
 
 
 @pytest.mark.slow

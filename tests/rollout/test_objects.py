@@ -77,6 +77,15 @@ def test_a_store_on_an_object_store(url):
     again.append(four[2:], policy="p")
     again.seal(0, note="whole")
     again.verify()
+    again.append(rollouts(7))  # which is visible here, and no stranger
+    again.verify()
+    again.discard(7)
+    again.close()
+    stray = f"round-00007/{again.shards[0]['file'].rpartition('/')[2]}"
+    again.place.create(stray, again.place.read(again.shards[0]["file"])[0])
+    with pytest.raises(InputError, match=f"{url}/{stray} is of another store or round"):
+        again.verify()
+    again.place.remove(stray)
     same(RolloutStore(url).read(0), four)
     assert RolloutStore(url).shard(0)["note"] == "whole"
     with pytest.raises(InputError, match="one student"):

@@ -174,12 +174,62 @@ def test_a_shard_that_the_manifest_does_not_know_is_named(tmp_path):
         store.verify()
 
 
+def test_files_that_tools_would_read_beside_the_shards_are_named(tmp_path):
+    store = filled(tmp_path)
+    [one, *_] = shards(tmp_path, 0)
+    store.append(rollouts(2))  # which tools pass by
+    (tmp_path / "round-00007").mkdir()
+    for stray, words in (
+        (tmp_path / "x.parquet", "is not in the manifest"),
+        (tmp_path / "round-00007" / "notes.txt", "is not in the manifest"),
+        (tmp_path / "round-00007" / one.name, "is of another store or round"),
+    ):
+        store.verify()
+        stray.write_bytes(one.read_bytes())
+        with pytest.raises(InputError, match=f"{stray} {words}"):
+            store.verify()
+        stray.unlink()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    store = filled(tmp_path)
+    for file in (shards(tmp_path, 0)[0], tmp_path / ".manifest.json"):
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(InputError, match=rf"{file} is not \(Is a directory\)") as error:
+            store.verify()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_shards_without_a_manifest_are_refused(tmp_path, sealed):
+    store = filled(tmp_path) if sealed else RolloutStore(tmp_path, ABOUT)
+    if not sealed:
+        store.append(rollouts(0))
+        store.close()
+    before = sorted(tmp_path.rglob("part-*"))
+    (tmp_path / ".manifest.json").unlink()
+    other = RolloutStore(tmp_path, {"student": "other"})
+    for act in (
+        other.verify,
+        other.__enter__,
+        lambda: other.append([rollout(9)]),
+        lambda: other.seal(0),
+        lambda: other.discard(0),
+    ):
+        with pytest.raises(InputError, match=rf"{tmp_path} has some of round 0 and no \.manifest\.json"):
+            act()
+    assert sorted(tmp_path.rglob("part-*")) == before
+    assert not (tmp_path / ".manifest.json").exists()
+
+
 def test_a_damaged_manifest_is_named(tmp_path):
     filled(tmp_path)
     file = tmp_path / ".manifest.json"
     good = file.read_text()
     for bad, words in (
         ("{", "whole JSON"),
+        ("[" * 100_000, "whole JSON"),
         ('{"schema": 3}', "by its own SHA-256"),
         (good.replace('"rows": 2', '"rows": 3'), "by its own SHA-256"),
         ('{"schema": 99}', "has 99"),
@@ -243,7 +293,7 @@ def test_parts_that_were_appended_outlive_who_appended_them(tmp_path):
         again.pending(0)
 
 
-def test_a_torn_part_is_dropped_alone_and_made_again_in_its_place(tmp_path):
+def test_a_torn_part_is_set_aside_alone_and_made_again_in_its_place(tmp_path, capsys):
     four = rollouts(0)
     store = RolloutStore(tmp_path, ABOUT)
     for one in four[:3]:
@@ -253,15 +303,23 @@ def test_a_torn_part_is_dropped_alone_and_made_again_in_its_place(tmp_path):
     torn.write_bytes(torn.read_bytes()[:100])
     same(store.pending(0), [four[0], four[2]])
     assert torn.exists()  # to look is not to change
+    assert capsys.readouterr().err == ""
+    left = torn.read_bytes()
     with store:
         same(store.pending(0), [four[0], four[2]])
         assert not torn.exists()
+        [aside] = (tmp_path / ".damaged").iterdir()
+        assert aside.read_bytes() == left
+        [told] = capsys.readouterr().err.splitlines()
+        assert str(torn) in told
+        assert f".damaged/{aside.name}" in told
         with pytest.raises(InputError, match="part 1 of round 0 in .* is lost"):
             store.seal(0)
         store.append([four[1]])
         store.append([four[3]])
         store.seal(0)
     same(store.read(0), four)
+    store.verify()
 
 
 def test_a_round_that_was_moved_but_not_named_yet_is_not_lost(tmp_path):
@@ -345,6 +403,24 @@ def test_two_writers_do_not_meet(tmp_path):
     same(first.read(0), rollouts(0))
 
 
+def test_a_manifest_is_parsed_once_for_each_version(tmp_path, monkeypatch):
+    store, parsed = filled(tmp_path), []
+    honest = json.loads
+    monkeypatch.setattr(json, "loads", lambda data: parsed.append(len(data)) or honest(data))
+    reader = RolloutStore(tmp_path, ABOUT)
+    whole = (tmp_path / ".manifest.json").stat().st_size
+    for _ in range(9):
+        assert reader.rounds == [0, 1]
+        reader.shard(1)["shards"].clear()  # the caller's own
+        assert len(reader.files) == 4
+    assert parsed.count(whole) == 1
+    store.append(rollouts(2))
+    store.seal(2)
+    for one in (store, reader):
+        assert one.rounds == [0, 1, 2]
+    assert [size for size in parsed if size > whole] == [(tmp_path / ".manifest.json").stat().st_size]
+
+
 # What is refused
 
 
@@ -358,7 +434,8 @@ def test_a_response_of_length_zero_is_refused_going_in_and_coming_out(tmp_path):
     table = pq.read_table(file)
     empty = table.column("response_ids").to_pylist()
     empty[1] = []
-    table = table.set_column(4, "response_ids", [empty]).set_column(5, "behaviour_logprobs", [empty])
+    nats = [[-1.0] * len(ids) for ids in empty]
+    table = table.set_column(4, "response_ids", [empty]).set_column(5, "behaviour_logprobs", [nats])
     pq.write_table(table, file)
 
     def change(manifest):
@@ -377,3 +454,58 @@ def test_columns_must_match_and_be_finite(tmp_path):
     bad = dataclasses.replace(good.score, teacher_logprobs=np.full(5, np.nan, np.float32))
     with pytest.raises(InputError, match="NaN or infinity in teacher_logprobs"):
         store.append([dataclasses.replace(good, score=bad)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"response_ids": np.array([2**40, 1, 2, 3, 4])}, "has 1 to 1099511627776 in response_ids"),
+        ({"response_ids": np.array([-1, 1, 2, 3, 4])}, "has -1 to 4 in response_ids"),
+        ({"prompt_ids": np.array([1.5, 1])}, "has float64 in prompt_ids"),
+        ({"response_ids": np.zeros((5, 1), int)}, r"response_ids of shape \[5, 1\], not of 1 axes"),
+        ({"behaviour_logprobs": -np.ones((5, 2))}, r"behaviour_logprobs of shape \[5, 2\], not of 1 axes"),
+        ({"behaviour_logprobs": np.ones(5)}, "has 1 in behaviour_logprobs"),
+        ({"reward": float("nan")}, "finite number: .* has nan"),
+        ({"reward": None}, "finite number: .* has None"),
+        ({"round": -3}, "has round -3"),
+        ({"sample": 2**40}, "has sample 1099511627776"),
+        ({"sample": 0.5}, r"has sample 0\.5"),
+        ({"problem": None}, "text that UTF-8 has: .* has None"),
+        ({"problem": "\ud800"}, r"text that UTF-8 has: .* has '\\ud800'"),
+    ],
+)
+def test_what_would_not_be_stored_as_it_is_is_refused(tmp_path, change, words):
+    store = RolloutStore(tmp_path, ABOUT)
+    with pytest.raises(InputError, match=words) as error:
+        store.append([dataclasses.replace(rollout(), **change)])
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_columns_of_scores_have_their_axes_and_kinds(tmp_path):
+    store, good = RolloutStore(tmp_path, ABOUT), rollout()
+    for name, values, words in (
+        ("teacher_topk_logprobs", -np.ones(5), r"of shape \[5\], not of 2 axes"),
+        ("teacher_topk_ids", np.ones((5, 3)), "has float64 in teacher_topk_ids"),
+        ("teacher_logprobs", np.full(5, 2.5), r"has 2\.5 in teacher_logprobs"),
+    ):
+        with pytest.raises(InputError, match=words):
+            store.append([dataclasses.replace(good, score=dataclasses.replace(good.score, **{name: values}))])
+    rounded = dataclasses.replace(good.score, teacher_logprobs=np.full(5, 0.25))  # as bfloat16 has it
+    store.append([dataclasses.replace(good, score=rounded)])
+
+
+def test_rollouts_of_a_part_have_the_same_columns(tmp_path):
+    store, good = RolloutStore(tmp_path, ABOUT), rollout()
+    wide = dataclasses.replace(good.score, teacher_topk_ids=np.ones((5, 4), int))
+    for other, words in (
+        (rollout(scored=False, seed=1), "again_logprobs of problem 'p1' is None, of problem 'p0' \\[R\\]"),
+        (
+            dataclasses.replace(good, score=wide),
+            r"teacher_topk_ids of .* is \[R, 4\], of problem 'p0' \[R, 3\]",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            store.append([good, other])
+        with pytest.raises(InputError, match="the same columns"):
+            store.append([other, good])

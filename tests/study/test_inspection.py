@@ -18,14 +18,14 @@ from opd_jax.tasks import load_tokenizer
 from tests.oracle.gates import gate
 
 
-def scored(folder, old, cur, round_=0, with_score=True):
+def scored(folder, old, cur, round_=0, with_score=True, **about):
     """A store of rollouts with these log-probs, prompts of one to three tokens."""
-    store = RolloutStore(folder)
+    store = RolloutStore(folder, about)
     rollouts = []
     for row, (a, b) in enumerate(zip(old, cur, strict=True)):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         k = np.zeros((len(a), 2))
-        score = Score(b, a, -a, k.astype(np.int32), k, np.zeros(len(a))) if with_score else None
+        score = Score(b, a, k.astype(np.int32), k, np.zeros(len(a))) if with_score else None
         ids = np.arange(2, 2 + len(a), dtype=np.int32)
         rollouts.append(
             Rollout(round_, f"p{row}", 0, np.arange(1 + row % 3, dtype=np.int32), ids, a, False, 1.0, score)
@@ -100,6 +100,15 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         inspect_store(tmp_path / "none", Config())
     with pytest.raises(InputError, match="has behaviour_logprobs alone"):
         inspect_store(scored(tmp_path / "raw", [[-1, -2]], [[-2, -1]], with_score=False), Config())
+
+
+def test_log_probs_at_two_temperatures_are_no_drift(tmp_path):
+    about = {"temperature": 0.7, "behaviour_logprob_temperature": 1.0}
+    store = scored(tmp_path / "server", [[-1, -2]], [[-2, -1]], **about)
+    with pytest.raises(InputError, match=r"server has the sampler's at 1\.0 and the trainer's at 0\.7"):
+        inspect_store(store, Config())
+    about["behaviour_logprob_temperature"] = 0.7
+    assert inspect_store(scored(tmp_path / "jax", [[-1, -2]], [[-2, -1]], **about), Config())
 
 
 def test_an_imported_store_by_the_command(tmp_path, capsys):
