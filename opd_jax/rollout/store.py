@@ -183,7 +183,7 @@ class RolloutStore:
             self.check(shard)
         known = {shard["file"] for shard in shards}
         # Where nothing is staged, or a process was killed before the manifest, parts are visible.
-        for round_ in self._rounds_of_parts() - set(rounds):
+        for round_ in set(self._all_parts().values()) - set(rounds):
             known.update(f"{_folder(round_)}/{Path(name).name}" for name, _ in self._parts(round_))
         for name in self.place.all_names():
             if name not in known and not any(part.startswith(".") for part in name.split("/")):
@@ -405,16 +405,16 @@ class RolloutStore:
             file=sys.stderr,
         )
 
-    def _rounds_of_parts(self) -> set[int]:
-        """Of shards and parts that lie here, in the manifest or not."""
-        found = (re.match(r"\.?round-(\d{5,})/part-", name) for name in self.place.all_names())
-        return {int(match[1]) for match in found if match}
+    def _all_parts(self) -> dict[str, int]:
+        """The round of every shard and part that lies here, in the manifest or not, by name."""
+        found = ((name, re.match(r"\.?round-(\d{5,})/part-", name)) for name in self.place.all_names())
+        return {name: int(match[1]) for name, match in found if match}
 
     def _refuse_orphans(self) -> None:
-        if self._read_manifest()[1] is None and (rounds := self._rounds_of_parts()):
+        if self._read_manifest()[1] is None and (parts := self._all_parts()):
             raise InputError(
-                f"a store's shards are vouched for by its manifest: {self.path} has some of round "
-                f"{min(rounds)} and no {MANIFEST}; restore it from a copy, or name a new folder"
+                f"a store's shards are vouched for by its manifest: {self.path} has {min(parts)} and no "
+                f"{MANIFEST}; restore it from a copy, or name a new folder"
             )
 
     # Who may write

@@ -217,6 +217,18 @@ def test_an_epoch_holds_every_rollout_once_as_it_is(store):
     assert seen != sorted(seen)
 
 
+def test_of_the_rollouts_those_of_one_batch_are_read(store, monkeypatch):
+    read = []
+    honest = RolloutSource.__getitem__
+    monkeypatch.setattr(RolloutSource, "__getitem__", lambda self, i: read.append(i) or honest(self, i))
+    running = iter(feed(store, window=20))
+    for _ in range(2):
+        read.clear()
+        fed = next(running)
+        assert sorted(read) == sorted(fed.numbers)
+        assert len(read) < 20
+
+
 def order(store, batches=None, **changes):
     found = []
     for fed in feed(store, make=rows_of, **changes):

@@ -1,6 +1,7 @@
 """The store: what goes in comes out, what was touched is named, and nothing good is thrown away."""
 
 import dataclasses
+import io
 import json
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 
 from opd_jax.errors import InputError
 from opd_jax.rollout import Rollout, RolloutStore, Score
+from opd_jax.rollout.schema import GROUP_BYTES, encode
 from opd_jax.rollout.storage import digest_of
 
 ABOUT = {"student": "abc", "temperature": 1.0}
@@ -120,6 +122,14 @@ def test_other_tools_open_it_as_it_lies(tmp_path):
     assert (says["about"], says["round"], says["part"]) == (ABOUT, 1, 1)
 
 
+def test_a_row_group_holds_so_many_bytes_whatever_the_columns():
+    for scored in (True, False):
+        many = [rollout(length=2000, seed=i, scored=scored) for i in range(60)]
+        file = pq.ParquetFile(io.BytesIO(encode(many, {})))
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+        assert sum(groups) / GROUP_BYTES * 0.8 < len(groups) < sum(groups) / GROUP_BYTES * 1.2 + 1
+
+
 # Damage to what is sealed
 
 
@@ -217,7 +227,7 @@ def test_shards_without_a_manifest_are_refused(tmp_path, sealed):
         lambda: other.seal(0),
         lambda: other.discard(0),
     ):
-        with pytest.raises(InputError, match=rf"{tmp_path} has some of round 0 and no \.manifest\.json"):
+        with pytest.raises(InputError, match=f"{before[0].relative_to(tmp_path)} and no .manifest.json"):
             act()
     assert sorted(tmp_path.rglob("part-*")) == before
     assert not (tmp_path / ".manifest.json").exists()
