@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from opd_jax.errors import InputError
+from opd_jax.rollout.manifest import MANIFEST, ManifestFile, refuse_others
 from opd_jax.rollout.schema import (
     SCHEMA_VERSION,
     Rollout,
@@ -40,9 +41,6 @@ from opd_jax.rollout.storage import digest_of, is_whole, open_place, part_name
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "Rollout", "RolloutStore", "Score"]
 
-# A dot file, so that tools which read the whole folder as parquet pass it by.
-MANIFEST = ".manifest.json"
-SHORTEST = 12  # characters of a digest that name it
 DAMAGED = ".damaged"  # folder of parts that were not whole, which tools pass by
 
 
@@ -70,75 +68,25 @@ class RolloutStore:
         self.about = json.loads(json.dumps(dict(about or {})))
         self._locked = self._entered = False
         self._numbers: dict[int, set[int]] = {}  # of the parts of rounds that are not sealed
-        self._known: tuple[Any, dict[str, Any]] | None = None  # a manifest by its version, never changed
-        written_for = self._manifest()["about"]
-        for name, expected in self.about.items():
-            found = written_for.get(name)
-            if found != expected and not _is_named(accept, name, found):
-                raise InputError(
-                    f"a store belongs to one {name}: {self.path} was written for {found!r}, this run has "
-                    f"{expected!r}; use the run folder it was made for, or accept this one by name with "
-                    f"--store.accept='[{name}={_short(found)}]'"
-                )
+        self._manifest = ManifestFile(self.place, self.about)
+        refuse_others(self.path, self.about_store, self.about, accept)
 
     # What is sealed
-
-    def _manifest(self) -> dict[str, Any]:
-        return self._read_manifest()[0]
-
-    def _read_manifest(self) -> tuple[dict[str, Any], Any]:
-        """The manifest, and its version in the place; None where there is none yet.
-
-        It grows with every round, so it is parsed once for each version.
-        """
-        if self._known and self.place.version(MANIFEST) == self._known[0]:
-            return self._known[1], self._known[0]
-        try:
-            data, version = self.place.read(MANIFEST)
-        except (FileNotFoundError, NotADirectoryError):
-            return {"schema": SCHEMA_VERSION, "about": self.about, "rounds": []}, None
-        file = f"{self.path}/{MANIFEST}"
-        try:
-            manifest = json.loads(data)
-            schema, digest = manifest["schema"], manifest.pop("sha256", None)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"a store's manifest must be whole JSON: {file} is not ({error}); restore it"
-            ) from None
-        if schema != SCHEMA_VERSION:
-            raise InputError(
-                f"a store must have schema {SCHEMA_VERSION}: {file} has {schema}; "
-                "read it with the version that wrote it"
-            )
-        if digest != _manifest_digest(manifest):
-            raise InputError(
-                f"a store's manifest must be as it was written: {file} is not, by its own SHA-256; restore it"
-            )
-        self._known = version, manifest
-        return manifest, version
-
-    def _write_manifest(self, manifest: dict[str, Any], version: Any) -> None:
-        # A line a round. An indented one takes ten times as long to write, and is written every round.
-        head = json.dumps({name: value for name, value in manifest.items() if name != "rounds"})
-        rounds = ",\n".join(json.dumps(entry) for entry in manifest["rounds"])
-        text = f'{head[:-1]}, "sha256": "{_manifest_digest(manifest)}", "rounds": [\n{rounds}\n]}}\n'
-        version = self.place.update(MANIFEST, text.encode(), version)
-        self._known = version, manifest
 
     @property
     def about_store(self) -> dict[str, Any]:
         """What the store says it belongs to."""
-        return dict(self._manifest()["about"])
+        return dict(self._manifest.read()[0]["about"])
 
     @property
     def rounds(self) -> list[int]:
         """The rounds sealed so far, in order."""
-        return [entry["round"] for entry in self._manifest()["rounds"]]
+        return [entry["round"] for entry in self._manifest.read()[0]["rounds"]]
 
     @property
     def shards(self) -> list[dict[str, Any]]:
         """What the manifest says of the shards of all sealed rounds, in order."""
-        return [dict(shard) for entry in self._manifest()["rounds"] for shard in entry["shards"]]
+        return [dict(shard) for entry in self._manifest.read()[0]["rounds"] for shard in entry["shards"]]
 
     @property
     def files(self) -> list[str]:
@@ -151,7 +99,7 @@ class RolloutStore:
         Raises:
           InputError: the round is not in the store.
         """
-        for entry in self._manifest()["rounds"]:
+        for entry in self._manifest.read()[0]["rounds"]:
             if entry["round"] == round_:
                 return copy.deepcopy(entry)
         raise InputError(
@@ -262,9 +210,9 @@ class RolloutStore:
             self._append(rollouts, made_by)
 
     def _append(self, rollouts: Sequence[Rollout], made_by: Mapping[str, Any]) -> None:
-        manifest, version = self._read_manifest()
+        manifest, version = self._manifest.read()
         if version is None:  # from here on the store says whose it is
-            self._write_manifest(manifest, None)
+            self._manifest.write(manifest, None)
         for name, expected in self.about.items():
             if manifest["about"].get(name) != expected:
                 raise InputError(
@@ -308,14 +256,14 @@ class RolloutStore:
         Raises:
           InputError: a part was made by something else, or for another store; the message names it.
         """
-        _refuse_sealed(self._manifest(), round_, self.path)
+        _refuse_sealed(self._manifest.read()[0], round_, self.path)
         parts = self._parts(round_, made_by or None)
         return [rollout for name, data in parts for rollout in self._decoded(name, data)]
 
     def discard(self, round_: int) -> None:
         """Take away the parts of a round that is not sealed, which can be had again."""
         with self._writing():
-            _refuse_sealed(self._manifest(), round_, self.path)
+            _refuse_sealed(self._manifest.read()[0], round_, self.path)
             self._numbers.pop(round_, None)
             for name in self._part_names(round_):
                 self.place.remove(name)
@@ -331,7 +279,7 @@ class RolloutStore:
           InputError: the round is there already, there is nothing to seal, or another process writes.
         """
         with self._writing(last=True):
-            manifest, version = self._read_manifest()
+            manifest, version = self._manifest.read()
             _refuse_sealed(manifest, round_, self.path)
             shards = []
             for index, (name, data) in enumerate(self._parts(round_)):
@@ -356,7 +304,7 @@ class RolloutStore:
             counts = {name: sum(shard[name] for shard in shards) for name in ("rows", "tokens")}
             entry = json.loads(json.dumps({"round": round_, **counts, "shards": shards, **about}))
             rounds = sorted([*manifest["rounds"], entry], key=lambda entry: entry["round"])
-            self._write_manifest({**manifest, "rounds": rounds}, version)
+            self._manifest.write({**manifest, "rounds": rounds}, version)
 
     def _part_names(self, round_: int) -> list[str]:
         final = _folder(round_)
@@ -411,7 +359,7 @@ class RolloutStore:
         return {name: int(match[1]) for name, match in found if match}
 
     def _refuse_orphans(self) -> None:
-        if self._read_manifest()[1] is None and (parts := self._all_parts()):
+        if self._manifest.read()[1] is None and (parts := self._all_parts()):
             raise InputError(
                 f"a store's shards are vouched for by its manifest: {self.path} has {min(parts)} and no "
                 f"{MANIFEST}; restore it from a copy, or name a new folder"
@@ -474,28 +422,3 @@ def _number(name: str) -> int:
 def _refuse_sealed(manifest: Mapping[str, Any], round_: int, path: object) -> None:
     if round_ in [entry["round"] for entry in manifest["rounds"]]:
         raise InputError(f"a round is written once: {path} has round {round_} already; read it instead")
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return digest_of(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _short(value: Any) -> str:
-    """A value as it is named in a setting."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:SHORTEST] if is_digest else text
-
-
-def _is_named(accept: Sequence[str], name: str, value: Any) -> bool:
-    for entry in accept:
-        key, equals, text = entry.partition("=")
-        if not equals:
-            raise InputError(
-                f"what a store may differ in is named with its value: store.accept has {entry!r}; write "
-                f"{entry}=VALUE, as the refusal says it"
-            )
-        whole = value if isinstance(value, str) else json.dumps(value)
-        if key == name and (text == whole or (len(text) >= SHORTEST and whole.startswith(text))):
-            return True
-    return False

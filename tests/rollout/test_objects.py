@@ -161,13 +161,13 @@ def test_one_writer_at_a_time_on_an_object_store(url):
 def test_a_writer_whose_lock_was_broken_clobbers_nothing(url):
     slow, quick = RolloutStore(url, ABOUT), RolloutStore(url, ABOUT)
     slow.append(rollouts(0))
-    manifest, version = slow._read_manifest()
+    manifest, version = slow._manifest.read()
     break_lock(url, json.loads(slow.place.read(LOCK)[0])["token"])
     quick.append(rollouts(1))
     quick.seal(1)
     manifest["rounds"] = []
     with pytest.raises(InputError, match=r"manifest\.json has changed since it was read"):
-        slow._write_manifest(manifest, version)
+        slow._manifest.write(manifest, version)
     slow.seal(0)
     assert RolloutStore(url).rounds == [0, 1]
     with pytest.raises(FileExistsError):
