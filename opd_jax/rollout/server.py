@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Stop
 from opd_jax.keys import derived_seed
 from opd_jax.rollout.engine import Generated, Request
-from opd_jax.rollout.servers import Call, Failure, Servers
+from opd_jax.rollout.server_post import Failure, Wrong
+from opd_jax.rollout.servers import Call, Servers, never
 
 COMPLETIONS = "/v1/completions"
 NOTHING = -9999.0  # what OpenAI-compatible servers write for minus infinity and NaN
@@ -40,6 +42,7 @@ class ServerEngine:
     vocabulary: int  # ids that the model has logits for
     top_k: int = 0  # 0 for all
     banned: tuple[int, ...] = ()  # ids that are never drawn, beside the padding
+    stop: Stop = never  # asked while requests are in flight
 
     name = "server"
     logprob_temperature = 1.0
@@ -47,9 +50,12 @@ class ServerEngine:
     def draw(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generated]]:
         """Yield ``(index of a request, what was drawn)`` as they are finished.
 
+        Closing breaks off what is in flight.
+
         Raises:
-          InputError: a prompt is empty or too long; a server refused, answered wrongly, or not at all.
-            What was finished until then has been yielded.
+          InputError: a prompt is empty or too long, or a limit is out of range; a server refused, answered
+            wrongly, or not at all. What was finished until then has been yielded.
+          Interrupted: ``stop`` turned true. What was finished until then has been yielded.
         """
         for request in requests:
             if not 1 <= len(request.prompt_ids) <= self.max_prompt:
@@ -57,32 +63,44 @@ class ServerEngine:
                     f"a prompt must have 1 to {self.max_prompt} tokens: one has {len(request.prompt_ids)}; "
                     "raise sampling.max_prompt or drop that problem"
                 )
-        return self.servers.run([self._call(request) for request in requests])
+            if not 1 <= self._limit(request) <= self.max_response:
+                raise InputError(
+                    f"a response's limit must be 1 to {self.max_response} tokens: one is "
+                    f"{self._limit(request)}; raise sampling.max_response or lower that limit"
+                )
+        return self.servers.run([self._call(request) for request in requests], self.stop)
+
+    def _limit(self, request: Request) -> int:
+        return self.max_response if request.max_response is None else request.max_response
+
+    def _seed(self, request: Request) -> int:
+        root = (self.seed, "sample") if request.seed is None else (request.seed, "request")
+        return derived_seed(*root, request.problem, request.sample)
 
     def _call(self, request: Request) -> Call:
-        prompt = np.asarray(request.prompt_ids).tolist()
+        prompt, limit = np.asarray(request.prompt_ids).tolist(), self._limit(request)
         body = {
             "prompt": prompt,
             "temperature": self.temperature,
             "top_p": self.top_p,
             **({"top_k": self.top_k} if self.top_k else {}),
-            "max_tokens": self.max_response,
+            "max_tokens": limit,
             "logprobs": 0,
             "return_token_ids": True,
-            "seed": derived_seed(self.seed, "sample", request.problem, request.sample),
+            "seed": self._seed(request),
             "stop_token_ids": list(self.ends),
             "logit_bias": {str(id_): -100 for id_ in (*self.banned, *range(self.usable, self.vocabulary))},
         }
-        return Call(COMPLETIONS, named(self.model, body), functools.partial(self._read, prompt))
+        return Call(COMPLETIONS, named(self.model, body), functools.partial(self._read, prompt, limit))
 
-    def _read(self, prompt: list[int], url: str, answer: Any) -> Generated:
+    def _read(self, prompt: list[int], limit: int, url: str, answer: Any) -> Generated:
         choice = choice_of(url, answer, prompt)
         ids, logprobs = tokens_of(url, choice)
         finish = choice.get("finish_reason")
         if finish == "abort":
             raise Failure(f"{url} broke off a response")
-        if not 1 <= len(ids) <= self.max_response:
-            raise wrong(url, f"{len(ids)} tokens for a limit of {self.max_response}", "restart it")
+        if not 1 <= len(ids) <= limit:
+            raise wrong(url, f"{len(ids)} tokens for a limit of {limit}", "restart it")
         if ids.min() < 0 or ids.max() >= self.usable:
             raise wrong(
                 url,
@@ -101,10 +119,10 @@ class ServerEngine:
                 f"{list(self.ends)} end one",
                 "start it with --generation-config vllm",
             )
-        if not ended and len(ids) < self.max_response:
+        if not ended and len(ids) < limit:
             raise wrong(
                 url,
-                f"a response cut off at {len(ids)} of {self.max_response} tokens",
+                f"a response cut off at {len(ids)} of {limit} tokens",
                 "raise its --max-model-len",
             )
         return Generated(ids, logprobs, truncated=not ended)
@@ -115,16 +133,16 @@ def named(model: str, body: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, **body} if model else body
 
 
-def wrong(url: str, what: str, remedy: str) -> InputError:
+def wrong(url: str, what: str, remedy: str) -> Wrong:
     """The error for an answer that cannot be used."""
-    return InputError(f"a server's answer must be one that can be trusted: {url} gave {what}; {remedy}")
+    return Wrong(f"a server's answer must be one that can be trusted: {url} gave {what}; {remedy}")
 
 
 def choice_of(url: str, answer: Any, prompt: list[int]) -> dict[str, Any]:
     """The one choice of an answer.
 
     Raises:
-      InputError: there is not one, or it is one to another prompt.
+      Wrong: there is not one, or it is one to another prompt.
     """
     try:
         [choice] = answer["choices"]
@@ -140,13 +158,18 @@ def tokens_of(url: str, choice: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]
     """Ids ``[R]`` int32 and log-probs ``[R]`` float32 of what was generated.
 
     Raises:
-      InputError: they are not there, not as many as each other, or not log-probs.
+      Wrong: they are not there, not as many as each other, or no ids and no log-probs.
     """
     try:
-        ids = np.asarray(choice["token_ids"], np.int32)
-        logprobs = np.asarray(choice["logprobs"]["token_logprobs"], np.float32)
+        told = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        ids, logprobs = np.asarray(told[0], np.int32), np.asarray(told[1], np.float32)
+        # numpy makes an id of 1.9 and of "1", and a log-prob of "-0.1"; null is NaN to it.
+        odd = {type(one) for one in told[0]} - {int} | {type(one) for one in told[1]} & {str, bool}
     except (KeyError, TypeError, ValueError, OverflowError):
         raise wrong(url, "no token_ids or no token_logprobs", "use a server that returns both") from None
+    if odd:
+        names = ", ".join(sorted(kind.__name__ for kind in odd))
+        raise wrong(url, f"token_ids or token_logprobs that are no numbers ({names})", "restart it")
     if ids.ndim != 1 or ids.shape != logprobs.shape:
         raise wrong(url, f"{ids.size} tokens and {logprobs.size} log-probs", "restart it")
     check_logprobs(url, logprobs)

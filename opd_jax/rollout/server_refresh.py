@@ -15,8 +15,8 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.rollout.server import COMPLETIONS, choice_of, named, tokens_of
+from opd_jax.rollout.server_post import Failure, Post, Refused
 from opd_jax.rollout.server_score import score_call
-from opd_jax.rollout.servers import Failure, Post, Refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ async def prove(url: str, post: Post, model: str, probe: Probe) -> None:
     choice = choice_of(url, await post(COMPLETIONS, named(model, draw)), probe.text)
     ids, drawn = tokens_of(url, choice)
     text = [*probe.text, *ids.tolist()]
-    call = score_call(model, text, 0, first=1, usable=0)
+    call = score_call(model, text, 0, first=1, usable=0, vocabulary=0)
     told, _, _ = call.read(url, await post(call.path, call.body))
     known = len(probe.expected)
     _compare(

@@ -12,23 +12,35 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import InputError
-from opd_jax.model.vocab import TopK
+from opd_jax.interrupt import Stop
 from opd_jax.rollout.server import COMPLETIONS, check_logprobs, choice_of, named, wrong
-from opd_jax.rollout.servers import Call, Refused, Servers
+from opd_jax.rollout.server_post import Refused
+from opd_jax.rollout.servers import Call, Servers, never
 from opd_jax.types import Rows
 
+MOST = 1.01  # probability that ids may have together, where a server rounds theirs
+# Log-probs [R] of a row's targets, likeliest ids [R, K] and theirs [R, K], over the R tokens of its mask.
+Told = tuple[np.ndarray, np.ndarray, np.ndarray]
 _CAP = re.compile(r"max allowed: (\d+)")
 
 
-def teacher_topk(servers: Servers, model: str, rows: Rows, k: int, *, usable: int, vocabulary: int) -> TopK:
-    """The ``k`` likeliest ids at every position of the mask, beside the target, as servers see them.
+def teacher_rows(
+    servers: Servers,
+    model: str,
+    rows: Rows,
+    k: int,
+    *,
+    usable: int,
+    vocabulary: int,
+    stop: Stop = never,
+) -> Iterator[tuple[int, Told]]:
+    """Yield ``(row, what servers say of its mask)`` as rows are finished, in any order.
 
     Where vocabulary padding is among the likeliest, which a server cannot be told to leave out, so many
-    more are asked for.
+    more are asked for. Closing breaks off what is in flight.
 
     Args:
       servers: that serve the teacher.
@@ -37,41 +49,36 @@ def teacher_topk(servers: Servers, model: str, rows: Rows, k: int, *, usable: in
       k: K.
       usable: ids from here on are vocabulary padding.
       vocabulary: ids that the teacher has logits for.
-
-    Returns:
-      `opd_jax.model.vocab.TopK`, zero off the mask, without entropy.
+      stop: asked while requests are in flight.
 
     Raises:
       InputError: a server allows fewer ids than needed, refused, answered wrongly, or not at all.
+      Interrupted: ``stop`` turned true.
     """
-    shape = rows.mask.shape
-    sampled, ids = np.zeros(shape, np.float32), np.zeros((*shape, k), np.int32)
-    logprobs = np.zeros((*shape, k), np.float32)
-    left = list(range(shape[0]))
+    left = list(range(len(rows.mask)))
     for asked in (k, k + max(0, vocabulary - usable)):
-        calls = [_row_call(model, rows, row, k, asked, usable) for row in left]
+        calls = [_row_call(model, rows, row, k, asked, usable, vocabulary) for row in left]
         short = []
-        for index, found in _within_cap(servers, calls, k, asked):
-            row = left[index]
+        for index, found in _within_cap(servers, calls, k, asked, stop):
             if found is None:
-                short.append(row)
+                short.append(left[index])
             else:
-                on = rows.mask[row]
-                sampled[row, on], ids[row, on], logprobs[row, on] = found
+                yield left[index], found
         left = sorted(short)
-    return TopK(jnp.asarray(sampled), jnp.asarray(ids), jnp.asarray(logprobs), None)
 
 
-def _row_call(model: str, rows: Rows, row: int, k: int, asked: int, usable: int) -> Call:
+def _row_call(model: str, rows: Rows, row: int, k: int, asked: int, usable: int, vocabulary: int) -> Call:
     length = int(np.sum(rows.sequence_ids[row] > 0))
     text = [int(rows.tokens[row, 0]), *np.asarray(rows.targets[row, :length]).tolist()]
     first = int(np.argmax(rows.mask[row])) + 1  # the response's first token, of the text
-    return score_call(model, text, k, first=first, usable=usable, asked=asked)
+    return score_call(model, text, k, first=first, usable=usable, vocabulary=vocabulary, asked=asked)
 
 
-def _within_cap(servers: Servers, calls: list[Call], k: int, asked: int) -> Iterator[tuple[int, Any]]:
+def _within_cap(
+    servers: Servers, calls: list[Call], k: int, asked: int, stop: Stop
+) -> Iterator[tuple[int, Told | None]]:
     try:
-        yield from servers.run(calls)
+        yield from servers.run(calls, stop)
     except Refused as refused:
         cap = _CAP.search(refused.reason)
         if not cap:
@@ -84,7 +91,14 @@ def _within_cap(servers: Servers, calls: list[Call], k: int, asked: int) -> Iter
 
 
 def score_call(
-    model: str, text: list[int], k: int, *, first: int, usable: int, asked: int | None = None
+    model: str,
+    text: list[int],
+    k: int,
+    *,
+    first: int,
+    usable: int,
+    vocabulary: int,
+    asked: int | None = None,
 ) -> Call:
     """The request for what a model says of ``text[first:]``, its R last tokens.
 
@@ -99,13 +113,20 @@ def score_call(
         "prompt_logprobs": asked,
         "return_token_ids": True,
     }
-    read = functools.partial(_read, text, k, asked, first, usable)
+    read = functools.partial(_read, text, k, asked, first, usable, vocabulary)
     return Call(COMPLETIONS, named(model, body), read)
 
 
 def _read(
-    text: list[int], k: int, asked: int, first: int, usable: int, url: str, answer: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    text: list[int],
+    k: int,
+    asked: int,
+    first: int,
+    usable: int,
+    vocabulary: int,
+    url: str,
+    answer: Any,
+) -> Told | None:
     told = choice_of(url, answer, text).get("prompt_logprobs")
     if not isinstance(told, list) or len(told) != len(text):
         count = len(told) if isinstance(told, list) else "no"
@@ -115,15 +136,20 @@ def _read(
         try:
             here = {int(id_): float(entry["logprob"]) for id_, entry in told[position].items()}
             sampled.append(here[text[position]])
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             raise wrong(
                 url, f"no log-prob of the token at {position}", "use a server that gives it"
             ) from None
-        check_logprobs(url, np.fromiter(here.values(), np.float32))
+        logprobs = np.fromiter(here.values(), np.float32)
+        check_logprobs(url, logprobs)
+        if (mass := float(np.exp(logprobs).sum())) > MOST:
+            raise wrong(url, f"ids of {mass:.3g} in probability together", "check the weights that it serves")
         # The token itself is there even where it is none of the likeliest.
         best = sorted(here.items(), key=lambda one: (-one[1], one[0]))[:asked]
         if len(best) < asked:
             raise wrong(url, f"{len(best)} of {asked} likeliest ids", "raise its --max-logprobs")
+        if outside := [id_ for id_, _ in best if not 0 <= id_ < vocabulary]:
+            raise wrong(url, f"id {outside[0]} where there are {vocabulary}", "serve the run's teacher there")
         likeliest.append([one for one in best if one[0] < usable][:k])
     if any(len(best) < k for best in likeliest):
         return None

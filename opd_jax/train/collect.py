@@ -76,7 +76,7 @@ def sample_round(run: Run, stop: Stop) -> None:
         done = {(rollout.problem, rollout.sample) for rollout in rollouts}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
         patience = SECONDS if config.engine.kind == "server" else math.inf
-        for finished in _batches(_drawn(run, round_, left), config.sampling.slots, patience):
+        for finished in _batches(_drawn(run, round_, left, stop), config.sampling.slots, patience):
             first_alone(functools.partial(run.rollouts.append, finished, **made_by))
             rollouts += finished
             if stop():
@@ -115,7 +115,7 @@ def _batches(drawn: Iterator[Rollout], size: int, patience: float) -> Iterator[l
         yield batch
 
 
-def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Iterator[Rollout]:
+def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]], stop: Stop) -> Iterator[Rollout]:
     """Graded rollouts of the present student, as they are finished."""
     if not draws:
         return
@@ -123,7 +123,7 @@ def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]]) -> Itera
     prompts = {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
     requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
     if run.config.engine.kind == "server":
-        drawn = server_engine(run).draw(requests)
+        drawn = server_engine(run, stop).draw(requests)
     else:
         # In order: then the files are the same whether or not a process was killed meanwhile.
         engine = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))

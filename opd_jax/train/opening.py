@@ -27,7 +27,8 @@ FREE = (
     "log.",
     "schedule.rounds",
     "store.accept",
-    *(f"engine.{name}" for name in ("urls", "model", "concurrency", "timeout", "attempts", "tolerance")),
+    *(f"engine.{name}" for name in ("urls", "model", "teacher_urls", "teacher_model")),
+    *(f"engine.{name}" for name in ("concurrency", "timeout", "attempts", "tolerance")),
 )
 
 
@@ -54,7 +55,9 @@ def open_run(folder: str | Path, config: Config | None = None) -> Run:
     if config is not None and config != saved:
         here, there = flatten(config), flatten(saved)
         for name in here:
-            if here[name] != there[name] and not name.startswith(FREE):
+            # Servers do not tell all that a teacher here does, and the scores of a round are all of one kind.
+            other = name == "engine.teacher_urls" and bool(here[name]) != bool(there[name])
+            if here[name] != there[name] and (other or not name.startswith(FREE)):
                 raise InputError(
                     f"a run keeps the config it began with: {folder} has {name} = {there[name]!r}, not "
                     f"{here[name]!r}; drop the override, or name a new folder"

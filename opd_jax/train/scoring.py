@@ -48,6 +48,15 @@ class Part(NamedTuple):
     width: int  # T
 
 
+class Work(NamedTuple):
+    """A round that is being scored."""
+
+    rollouts: Sequence[Rollout]
+    extras: Collection[str]  # columns that only some losses and weights ask for
+    columns: Sequence[dict[str, Any]]  # what is known of each rollout so far, by the names of `Score`
+    stop: Stop
+
+
 def score_round(run: Run, stop: Stop) -> None:
     """Attach `old`, the teacher's signal and what else the config asks for to the newest rollouts.
 
@@ -82,32 +91,32 @@ def score_round(run: Run, stop: Stop) -> None:
         "extras": sorted(extras),
         "student_k": config.loss.student_k,
     }
-    columns: list[dict[str, Any]] = [{} for _ in rollouts]
+    work = Work(rollouts, extras, [{} for _ in rollouts], stop)
     with writing(run.scored):
         place = run.scored.place
         if round_:  # of a process that was killed after it sealed
             first_alone(lambda: clear_work(place, round_ - 1))
-        work = Scratch(place, round_, made_of)
-        found = found_by_all(work.found, f"scores of {round_}")
+        scratch = Scratch(place, round_, made_of)
+        found = found_by_all(scratch.found, f"scores of {round_}")
         for name, (read, parts) in stages.items():
             left = []
             for index, part in enumerate(parts):
                 if (piece := found.pop(f"{name}-{index:05d}", None)) is None:
                     left.append(index)
                 else:
-                    _share_out(piece, part, rollouts, columns)
+                    _share_out(piece, part, work)
             if not left:
                 continue
             if stop():
                 raise Interrupted
-            for index, piece in read(run, rollouts, [parts[i] for i in left], extras, columns):
-                first_alone(functools.partial(work.keep, f"{name}-{left[index]:05d}", piece))
-                _share_out(piece, parts[left[index]], rollouts, columns)
+            for index, piece in read(run, work, [parts[i] for i in left]):
+                first_alone(functools.partial(scratch.keep, f"{name}-{left[index]:05d}", piece))
+                _share_out(piece, parts[left[index]], work)
                 if stop():
                     raise Interrupted
 
         def store() -> None:
-            _store_scores(run, round_, rollouts, columns, extras)
+            _store_scores(run, round_, work)
             clear_work(place, round_)
 
         first_alone(store)
@@ -172,36 +181,29 @@ def _teacher_stage(run: Run, rollouts: Sequence[Rollout], as_trained: list[Part]
     return _by_teacher, parts_by_length(lengths, rows, run.width)
 
 
-def _rows(rollouts: Sequence[Rollout], part: Part) -> Rows:
-    return rows_of([rollouts[index] for index in part.packing.order], part.width, part.packing.counts)
+def _rows(work: Work, part: Part) -> Rows:
+    chosen = [work.rollouts[index] for index in part.packing.order]
+    return rows_of(chosen, part.width, part.packing.counts)
 
 
-def _share_out(
-    piece: Arrays, part: Part, rollouts: Sequence[Rollout], columns: Sequence[dict[str, Any]]
-) -> None:
+def _share_out(piece: Arrays, part: Part, work: Work) -> None:
     """Give each rollout of a part what was said of its tokens."""
-    ends = np.cumsum([len(rollouts[index].response_ids) for index in part.packing.order])
+    ends = np.cumsum([len(work.rollouts[index].response_ids) for index in part.packing.order])
     for name, values in piece.items():
         for index, own in zip(part.packing.order, np.split(values, ends[:-1]), strict=True):
-            columns[index][name] = own
+            work.columns[index][name] = own
 
 
-def _store_scores(
-    run: Run,
-    round_: int,
-    rollouts: Sequence[Rollout],
-    columns: Sequence[dict[str, Any]],
-    extras: Collection[str],
-) -> None:
+def _store_scores(run: Run, round_: int, work: Work) -> None:
     """Write the scored rollouts of a round, and seal it."""
-    alike = [known.pop("alike") for known in columns if "alike" in known]
-    scored = attach(rollouts, columns)
+    alike = [known.pop("alike") for known in work.columns if "alike" in known]
+    scored = attach(work.rollouts, work.columns)
     run.scored.discard(round_)  # of a process that was killed here; all of it is in hand
     for start in range(0, len(scored), SHARD_ROWS):
         run.scored.append(scored[start : start + SHARD_ROWS])
     run.scored.seal(
         round_,
-        extras=sorted(extras),
+        extras=sorted(work.extras),
         mismatch=mismatch(scored, alike or None),
         null_drift=null_drift(scored),
     )
@@ -210,12 +212,9 @@ def _store_scores(
 # Stages. Each reads parts, and yields of each its number and, by the names of `Score`, arrays [tokens, ...].
 
 Said = Iterator[tuple[int, Arrays]]
-Columns = Sequence[dict[str, Any]]
 
 
-def _by_policy(
-    run: Run, rollouts: Sequence[Rollout], parts: Sequence[Part], extras: Collection[str], _: Columns
-) -> Said:
+def _by_policy(run: Run, work: Work, parts: Sequence[Part]) -> Said:
     """What the policy that sampled says of its own tokens."""
     run.make_room("policy")
     temperature = run.config.sampling.temperature
@@ -223,14 +222,14 @@ def _by_policy(
     # A sampler's log-probs may be of another temperature; they are compared with the trainer's at that one.
     samplers = run.scored.about["behaviour_logprob_temperature"]
     for index, part in enumerate(parts):
-        rows = _rows(rollouts, part)
+        rows = _rows(work, part)
         placed = on_mesh(rows, run.mesh)
         found: dict[str, Any] = {"old_logprobs": score(run.policy, placed)}
         if samplers != temperature:
             found["alike"] = make_scorer(run.model, temperature=samplers)(run.policy, placed)
-        if "again" in extras:
+        if "again" in work.extras:
             found["again_logprobs"] = _again(run, rows, score)
-        if "student_topk" in extras:
+        if "student_topk" in work.extras:
             score_topk = make_topk_scorer(
                 run.model, k=run.config.loss.student_k, temperature=temperature, usable=_usable(run)
             )
@@ -239,20 +238,16 @@ def _by_policy(
         yield index, _of_tokens(found, rows)
 
 
-def _by_reference(
-    run: Run, rollouts: Sequence[Rollout], parts: Sequence[Part], _: Collection[str], __: Columns
-) -> Said:
+def _by_reference(run: Run, work: Work, parts: Sequence[Part]) -> Said:
     """What the student before training says of them."""
     run.make_room("base")
     score = make_scorer(run.model, temperature=run.config.sampling.temperature)
     for index, part in enumerate(parts):
-        rows = _rows(rollouts, part)
+        rows = _rows(work, part)
         yield index, _of_tokens({"reference_logprobs": score(run.base, on_mesh(rows, run.mesh))}, rows)
 
 
-def _by_teacher(
-    run: Run, rollouts: Sequence[Rollout], parts: Sequence[Part], extras: Collection[str], columns: Columns
-) -> Said:
+def _by_teacher(run: Run, work: Work, parts: Sequence[Part]) -> Said:
     """The teacher's signal."""
     run.make_room("teacher")
     temperature = run.config.sampling.temperature
@@ -261,27 +256,23 @@ def _by_teacher(
         k=run.config.loss.top_k,
         temperature=temperature,
         usable=_usable(run),
-        hidden="teacher_hidden" in extras,
+        hidden="teacher_hidden" in work.extras,
     )
     for index, part in enumerate(parts):
-        rows = _rows(rollouts, part)
+        rows = _rows(work, part)
         placed = on_mesh(rows, run.mesh)
         found = columns_of(score(run.teacher, placed))
-        if "student_topk" in extras:
+        if "student_topk" in work.extras:
             score_ids = make_ids_scorer(run.teacher_model, temperature=temperature)
-            ids = spread([columns[i]["student_topk_ids"] for i in part.packing.order], rows.mask)
+            ids = spread([work.columns[i]["student_topk_ids"] for i in part.packing.order], rows.mask)
             found["student_topk_teacher_logprobs"] = score_ids(run.teacher, placed, on_mesh(ids, run.mesh))
         yield index, _of_tokens(found, rows)
 
 
-def _by_servers(
-    run: Run, rollouts: Sequence[Rollout], parts: Sequence[Part], _: Collection[str], __: Columns
-) -> Said:
+def _by_servers(run: Run, work: Work, parts: Sequence[Part]) -> Said:
     """The teacher's signal from its servers, a rollout a part, as they are finished."""
-    rows = rows_of([rollouts[part.packing.order[0]] for part in parts], run.width)
-    found = jax.device_get(columns_of(teacher_by_servers(run, rows, usable=_usable(run))))
-    for index in range(len(parts)):
-        yield index, {name: values[index][rows.mask[index]] for name, values in found.items()}
+    rows = rows_of([work.rollouts[part.packing.order[0]] for part in parts], run.width)
+    yield from teacher_by_servers(run, rows, usable=_usable(run), stop=work.stop)
 
 
 def _of_tokens(found: dict[str, Any], rows: Rows) -> Arrays:

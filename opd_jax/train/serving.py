@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from opd_jax.config import EngineConfig
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Stop
 from opd_jax.model.hf_load import check_folder
 from opd_jax.model.sharding import on_mesh
-from opd_jax.model.vocab import TopK
 from opd_jax.rollout.rows import gather, make_rows
 from opd_jax.rollout.score import make_scorer
 from opd_jax.rollout.server import ServerEngine
 from opd_jax.rollout.server_refresh import Probe, refresh
-from opd_jax.rollout.server_score import teacher_topk
-from opd_jax.rollout.servers import Servers
+from opd_jax.rollout.server_score import teacher_rows
+from opd_jax.rollout.servers import Servers, never
 from opd_jax.tasks import prompt_ids
 from opd_jax.train.engines import banned_ids
 from opd_jax.train.export import write_policy
@@ -26,8 +27,10 @@ from opd_jax.train.run import Run
 from opd_jax.types import Rows
 
 
-def server_engine(run: Run) -> ServerEngine:
+def server_engine(run: Run, stop: Stop = never) -> ServerEngine:
     """What draws with the student as it is now: its weights are on the servers before a first request.
+
+    It asks ``stop`` while requests are in flight.
 
     Raises:
       InputError: the run is of many processes, or asks for what servers cannot do.
@@ -43,7 +46,7 @@ def server_engine(run: Run) -> ServerEngine:
     check_folder(folder)
     prepare = functools.partial(refresh, folder=folder, model=engine.model, probe=probe_of(run))
     return ServerEngine(
-        servers=_servers(run, engine.urls, prepare),
+        servers=Servers(engine.urls, **_limits(engine), prepare=prepare),
         model=engine.model,
         seed=run.config.seed,
         temperature=sampling.temperature,
@@ -55,17 +58,7 @@ def server_engine(run: Run) -> ServerEngine:
         usable=run.usable,
         banned=banned_ids(run),
         vocabulary=run.model.vocab_size,
-    )
-
-
-def _servers(run: Run, urls: Sequence[str], prepare: Any = None) -> Servers:
-    engine = run.config.engine
-    return Servers(
-        urls,
-        concurrency=engine.concurrency,
-        timeout=engine.timeout,
-        attempts=engine.attempts,
-        prepare=prepare,
+        stop=stop,
     )
 
 
@@ -85,15 +78,36 @@ def probe_of(run: Run) -> Probe:
     )
 
 
-def teacher_by_servers(run: Run, rows: Rows, *, usable: int) -> TopK:
-    """The teacher's signal from ``engine.teacher_urls``; its entropy stays unknown."""
+def teacher_by_servers(
+    run: Run, rows: Rows, *, usable: int, stop: Stop = never
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The teacher's signal from ``engine.teacher_urls``, row by row as it comes.
+
+    Its entropy stays unknown. It asks ``stop`` while requests are in flight.
+
+    Yields:
+      The number of a row, and columns of `Score` by name, ``[R]`` and ``[R, K]``.
+    """
     engine = run.config.engine
-    servers = _servers(run, engine.teacher_urls)
-    return teacher_topk(
-        servers,
+    told = teacher_rows(
+        _teachers(engine),
         engine.teacher_model,
         rows,
         run.config.loss.top_k,
         usable=usable,
         vocabulary=run.teacher_model.vocab_size,
+        stop=stop,
     )
+    names = "teacher_logprobs", "teacher_topk_ids", "teacher_topk_logprobs"
+    for row, columns in told:
+        yield row, dict(zip(names, columns, strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _teachers(engine: EngineConfig) -> Servers:
+    """One for all rounds: a server that stalled in one is set aside in the next, too."""
+    return Servers(engine.teacher_urls, **_limits(engine))
+
+
+def _limits(engine: EngineConfig) -> dict[str, Any]:
+    return {"concurrency": engine.concurrency, "timeout": engine.timeout, "attempts": engine.attempts}

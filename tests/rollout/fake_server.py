@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.model.vocab import TopK
+
 EOS, USABLE, VOCABULARY, CAP = 0, 12, 16, 5
 
 
@@ -45,6 +47,8 @@ class FakeServer:
         self.weights = 0
         self.paused = False
         self.loads = lambda path: 0  # the number of the weights in a folder
+        self.room = 1000  # completions at a time; to more it says 429
+        self.inside = 0
         self.release = threading.Event()  # ends stalls and holds
         self.arrived = threading.Semaphore(0)  # once for every request
         self._lock = threading.Lock()
@@ -93,7 +97,15 @@ class FakeServer:
             self.times.append(time.monotonic())
         self.arrived.release()
         if handler.path == "/v1/completions":
+            with self._lock:
+                full = self.inside >= self.room
+                self.inside += not full
+            if full:
+                _reply(handler, 429, {"error": {"message": "full"}})
+                return
             self._complete(handler, number, body)
+            with self._lock:
+                self.inside -= 1
         elif handler.path == "/collective_rpc":
             weights = self.loads(body["kwargs"]["weights_path"])
             if weights is not None:
@@ -120,8 +132,13 @@ class FakeServer:
             return
         if fault == "page":
             _reply(handler, 200, "<html>welcome</html>")
-        elif fault in ("429", "500", "503", "404"):
-            _reply(handler, int(fault), {"error": {"message": f"a {fault}"}}, {"Retry-After": "0.4"})
+        elif fault == "half":
+            _reply(handler, 200, '{"choices": [')
+        elif fault == "deep":
+            _reply(handler, 200, "[" * 100_000)
+        elif fault in ("429", "500", "503", "404", "501", "529"):
+            headers = {"Retry-After": "0.4"} if fault in ("429", "503") else {}
+            _reply(handler, int(fault), {"error": {"message": f"a {fault}"}}, headers)
         elif body.get("prompt_logprobs", 0) > CAP:
             asked = body["prompt_logprobs"]
             message = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {CAP}"
@@ -171,6 +188,12 @@ def _spoil(choice: dict[str, Any], fault: str | None) -> None:
         ids[0] = USABLE
     elif fault == "no eos":
         choice.update(finish_reason="stop", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0, -1.0]})
+    elif fault == "float ids":
+        choice["token_ids"] = [id_ + 0.9 for id_ in ids]
+    elif fault == "text ids":
+        choice["token_ids"] = [str(id_) for id_ in ids]
+    elif fault == "text logprobs":
+        choice["logprobs"]["token_logprobs"] = [str(logprob) for logprob in logprobs]
     elif fault == "past eos":
         choice.update(finish_reason="stop", token_ids=[EOS, EOS], logprobs={"token_logprobs": [-1.0, -1.0]})
     elif fault == "cut":
@@ -193,8 +216,13 @@ def _spoil_scores(choice: dict[str, Any], fault: str | None) -> None:
         told[-1] = dict(list(told[-1].items())[:1])
     elif fault == "lacks":
         told[-1].pop(str(choice["prompt_token_ids"][-1]))
-    elif fault == "padding":
-        told[-1]["15"] = {"logprob": -0.001, "rank": 1}
+    elif fault in ("-1", "16"):
+        told[-1][fault] = {"logprob": -0.001}
+        for id_ in told[-1].keys() - {fault}:
+            told[-1][id_] = {"logprob": -8.0}
+    elif fault == "mass":
+        for entry in told[-1].values():
+            entry["logprob"] = -0.01
     elif fault == "none":
         del choice["prompt_logprobs"]
 
@@ -211,3 +239,14 @@ def _reply(handler: BaseHTTPRequestHandler, status: int, body: Any, headers: dic
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(text)
+
+
+def together(told, rows, k):
+    """What `teacher_rows` yields, in one piece: zero off the mask."""
+    shape = rows.mask.shape
+    sampled, ids = np.zeros(shape, np.float32), np.zeros((*shape, k), np.int32)
+    logprobs = np.zeros((*shape, k), np.float32)
+    for row, columns in told:
+        on = rows.mask[row]
+        sampled[row, on], ids[row, on], logprobs[row, on] = columns
+    return TopK(sampled, ids, logprobs, None)

@@ -1,21 +1,24 @@
 """Scores from servers against the distribution that the server draws from, and every way they go wrong."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted
 from opd_jax.rollout import make_rows
-from opd_jax.rollout.server_score import teacher_topk
+from opd_jax.rollout.server_score import teacher_rows
 from opd_jax.rollout.servers import Servers
-from tests.rollout.fake_server import CAP, USABLE, VOCABULARY, FakeServer, likelihood
+from tests.rollout.fake_server import CAP, USABLE, VOCABULARY, FakeServer, likelihood, together
 
 PROMPTS, RESPONSES = [[3, 7], [5], [1, 2, 3]], [[4, 11, 0], [9], [2, 2, 8, 6]]
 
 
 def score(server, k, usable=USABLE):
     rows = make_rows(PROMPTS, RESPONSES, 8)
-    told = teacher_topk(Servers([server.url], pause=0.01), "", rows, k, usable=usable, vocabulary=VOCABULARY)
-    return rows, told
+    told = teacher_rows(Servers([server.url], pause=0.01), "", rows, k, usable=usable, vocabulary=VOCABULARY)
+    return rows, together(told, rows, k)
 
 
 @pytest.mark.parametrize("k", [1, 3, CAP])
@@ -64,6 +67,9 @@ def test_the_cap_is_named():
         ("none", r"gave no prompt_logprobs for \d tokens"),
         ("fewer", r"gave (\d of 3 likeliest ids|no log-prob of the token at \d)"),
         ("lacks", r"gave no log-prob of the token at \d"),
+        ("-1", "gave id -1 where there are 16"),
+        ("16", "gave id 16 where there are 16"),
+        ("mass", r"gave ids of [34]\.?\d* in probability together"),
         ("404", r"answered 404 \(a 404\)"),
         ("500", r"must answer: .* answered 500 \(a 500\), after 6 attempts"),
     ],
@@ -76,3 +82,21 @@ def test_scores_that_cannot_be_trusted_are_refused(fault, message):
         score(server, 3)
     assert "\n" not in str(error.value)
     assert server.url in str(error.value)
+
+
+def test_rows_come_as_they_are_finished_and_not_all_need_to():
+    rows = make_rows(PROMPTS, RESPONSES, 8)
+    with FakeServer(lambda number, body: "hold" if len(body["prompt"]) == 7 else None) as server:
+        servers = Servers([server.url], timeout=60.0)
+        found = teacher_rows(servers, "", rows, 3, usable=USABLE, vocabulary=VOCABULARY)
+        early = dict(itertools.islice(found, 2))  # the third row is never answered
+        found.close()
+        stopped = teacher_rows(
+            servers, "", rows, 3, usable=USABLE, vocabulary=VOCABULARY, stop=lambda: len(server.seen) == 6
+        )
+        with pytest.raises(Interrupted):
+            list(stopped)
+    assert sorted(early) == [0, 1]
+    for row, (sampled, ids, logprobs) in early.items():
+        count = len(RESPONSES[row])
+        assert (sampled.shape, ids.shape, logprobs.shape) == ((count,), (count, 3), (count, 3))

@@ -16,9 +16,10 @@ from opd_jax.rollout.rows import gather
 from opd_jax.rollout.score import make_scorer, make_topk_scorer
 from opd_jax.rollout.server import ServerEngine
 from opd_jax.rollout.server_refresh import Probe, prove, refresh
-from opd_jax.rollout.server_score import teacher_topk
+from opd_jax.rollout.server_score import teacher_rows
 from opd_jax.rollout.servers import Servers, poster
 from opd_jax.tasks import encode_prompt, load_tokenizer
+from tests.rollout.fake_server import together
 from tests.rollout.vllm_server import vllm_server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
@@ -115,9 +116,10 @@ def test_its_likeliest_ids_are_ours(served, world, k):
     rows = make_rows(
         [request.prompt_ids for request in wanted[:16]], [found[i].ids for i in range(16)], P + R - 1
     )
-    theirs = teacher_topk(
+    told = teacher_rows(
         Servers([served]), "policy", rows, k, usable=len(tokenizer), vocabulary=config.vocab_size
     )
+    theirs = together(told, rows, k)
     ours = make_topk_scorer(config, k=k, temperature=1.0, usable=len(tokenizer))(params, rows)
     on = rows.mask
     np.testing.assert_allclose(theirs.sampled[on], ours.sampled[on], atol=1e-4)
@@ -134,7 +136,7 @@ def test_its_likeliest_ids_are_ours(served, world, k):
 def test_its_cap_is_named(served, world):
     rows = make_rows([[1, 2]], [[3, 4]], 4)
     with pytest.raises(InputError, match=r"allows 20, loss.top_k asks for 21; .*--max-logprobs 21"):
-        teacher_topk(Servers([served]), "policy", rows, 21, usable=40, vocabulary=48)
+        list(teacher_rows(Servers([served]), "policy", rows, 21, usable=40, vocabulary=48))
 
 
 def probe_of(folder, tokenizer, tolerance=1e-4):

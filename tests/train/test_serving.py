@@ -9,14 +9,14 @@ import pytest
 from opd_jax.errors import InputError
 from opd_jax.keys import stream
 from opd_jax.model import load_pretrained
-from opd_jax.rollout.rows import gather
-from opd_jax.rollout.score import make_scorer, make_topk_scorer, mismatch, rows_of
-from opd_jax.train import collect, scoring
+from opd_jax.rollout.rows import gather, make_rows
+from opd_jax.rollout.score import columns_of, make_scorer, make_topk_scorer, mismatch, rows_of
+from opd_jax.train import collect, scoring, serving
 from opd_jax.train.choices import check_choices
 from opd_jax.train.engines import engine_of
 from opd_jax.train.loop import do_part
 from opd_jax.train.opening import open_run
-from opd_jax.train.serving import probe_of, server_engine
+from opd_jax.train.serving import probe_of, server_engine, teacher_by_servers
 from tests.conftest import tiny_config
 from tests.rollout.fake_server import FakeServer
 from tests.train.conftest import ignore, never
@@ -68,7 +68,11 @@ def test_what_servers_can_tell_is_not():
     check_choices(tiny_config(TEACHER, "--gate.control=oracle"))  # the student's ids, by the student alone
 
 
-def at_one(run) -> object:
+def always():
+    return True
+
+
+def at_one(run, stop) -> object:
     """An engine that draws as the JAX sampler does and says log-probs of temperature 1, as servers do."""
     inner = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
 
@@ -113,13 +117,23 @@ def test_a_teacher_scored_by_servers_has_no_entropy_and_trains(tmp_path, monkeyp
     config = tiny_config(TEACHER, "--schedule.rounds=1", "--sampling.max_response=20", "--loss.top_k=5")
     run = open_run(tmp_path / "run", config)
 
-    def by_servers(run, rows, *, usable):
+    def by_servers(run, rows, *, usable, stop):
         here = make_topk_scorer(run.teacher_model, k=5, temperature=1.0, usable=usable)(run.teacher, rows)
-        return here.replace(entropy=None)
+        said = jax.device_get(columns_of(here.replace(entropy=None)))
+        asked.append(len(rows.mask))
+        for count, row in enumerate(reversed(range(len(rows.mask)))):
+            if asked == [16] and count == 10:
+                raise InputError("the teacher is gone")
+            yield row, {name: values[row][rows.mask[row]] for name, values in said.items()}
 
+    asked = []
     monkeypatch.setattr(scoring, "teacher_by_servers", by_servers)
-    for part in ("sample", "score", "train"):
+    do_part(run, "sample", ignore, never)
+    with pytest.raises(InputError, match="the teacher is gone"):
+        do_part(run, "score", ignore, never)
+    for part in ("score", "train"):
         do_part(run, part, ignore, never)
+    assert asked == [16, 6]  # what was answered is not asked again
     rollout = run.scored.read(0)[0]
     assert rollout.score.teacher_entropy is None
     assert rollout.score.teacher_topk_ids.shape == (len(rollout.response_ids), 5)
@@ -128,9 +142,9 @@ def test_a_teacher_scored_by_servers_has_no_entropy_and_trains(tmp_path, monkeyp
 def test_servers_are_given_the_student_and_a_probe_of_it(tmp_path):
     served = open_run(tmp_path / "served", tiny_config(*SERVER, "--engine.attempts=1", "--mesh.data=2"))
     with jax.set_mesh(served.mesh):
-        engine = server_engine(served)
+        engine = server_engine(served, always)
         probe = probe_of(served)
-    assert (engine.name, engine.logprob_temperature) == ("server", 1.0)
+    assert (engine.name, engine.logprob_temperature, engine.stop) == ("server", 1.0, always)
     written, _ = load_pretrained(served.folder / "policy")
     assert written.hidden_size == served.model.hidden_size
     assert len(probe.text) == 16
@@ -147,6 +161,25 @@ def test_addresses_may_change_when_a_run_goes_on(tmp_path):
     assert len(open_run(tmp_path / "run", tiny_config(*moved)).config.engine.urls) == 2
     with pytest.raises(InputError, match="has engine.kind = 'server', not 'jax'"):
         open_run(tmp_path / "run", tiny_config())
+
+
+def test_a_teacher_that_comes_back_elsewhere_goes_on_but_not_here(tmp_path):
+    open_run(tmp_path / "run", tiny_config(TEACHER))
+    moved = "--engine.teacher_urls=[http://127.0.0.1:10]", "--engine.teacher_model=teacher"
+    engine = open_run(tmp_path / "run", tiny_config(*moved)).config.engine
+    assert (engine.teacher_urls, engine.teacher_model) == (("http://127.0.0.1:10",), "teacher")
+    with pytest.raises(InputError, match="has engine.teacher_urls = "):
+        open_run(tmp_path / "run", tiny_config())
+
+
+def test_rounds_are_scored_by_the_same_servers(tmp_path, monkeypatch):
+    """Which of them failed last is known to all."""
+    asked = []
+    monkeypatch.setattr(serving, "teacher_rows", lambda servers, *_, **__: asked.append(servers) or [])
+    run = open_run(tmp_path / "run", tiny_config(TEACHER))
+    for _ in range(2):
+        list(teacher_by_servers(run, make_rows([[1]], [[2]], 4), usable=run.usable))
+    assert asked[0] is asked[1]
 
 
 def test_a_server_with_another_model_draws_nothing_for_a_run(tmp_path):
