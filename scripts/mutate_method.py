@@ -61,6 +61,11 @@ REASONS: dict[tuple[str, str, str], str] = {
         "2.0",
     ): "any number but zero does: what it divides is not taken",
     (
+        "bounds.py",
+        "beyond = beyond / jnp.where(drifts, mean, 1.0)",
+        "2.0",
+    ): "any number but zero does: the result is 0 where nothing drifts",
+    (
         "controls.py",
         "largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)",
         "2.0",

@@ -153,7 +153,7 @@ def cusum_spans(
     has no such spans; this is ours.
 
     Args:
-      d: drift ``[B, T]`` nats, detached.
+      d: drift ``[B, T]`` nats; no gradient flows to borders.
       mask: ``[B, T]``, nonzero on response tokens; only these count towards a length.
       slack, limit: in root mean squares of drift, limit > 0 and slack >= 0.
       minimum, maximum: tokens, 1 <= minimum <= maximum.
@@ -176,7 +176,7 @@ def cusum_spans(
             f"maximum {maximum}, slack {slack}, limit {limit}; put them in order"
         )
     mask = mask.astype(bool)
-    d = wide(jax.lax.stop_gradient(d))
+    d = wide(d)
     first = first_response(mask, sequence_ids)
     sequence = _number(first, mask)
     tokens = segment_total(mask, sequence)
