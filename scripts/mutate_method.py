@@ -66,6 +66,11 @@ REASONS: dict[tuple[str, str, str], str] = {
         "2.0",
     ): "any number but zero does: the result is 0 where nothing drifts",
     (
+        "segments.py",
+        "start = jax.lax.cummax(jnp.where(first, position, -1), axis=1)",
+        "2",
+    ): "any number below 0 says that no response has begun",
+    (
         "controls.py",
         "largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)",
         "2.0",

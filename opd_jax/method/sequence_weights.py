@@ -64,7 +64,7 @@ def fire_opd(
     confusion = jnp.clip(entropy / _largest(entropy, mask, axis_name), 0.0, 1.0)
     w = masked((1.0 + teacher_share * confidence) * (1.0 + student_share * confusion), mask)
     w = w * length / jnp.maximum(segment_total(w, ids), 1e-30)
-    return masked(jnp.where(likely >= least, w, 0.0), mask)
+    return jnp.where(likely >= least, w, 0.0)
 
 
 def scope_opd(

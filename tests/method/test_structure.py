@@ -86,3 +86,10 @@ class Variants(chex.TestCase):
         got = structure_readings(sums)
         np.testing.assert_allclose(got["autocorrelation"][2], oracle.autocorrelation(d, mask, 2), rtol=1e-4)
         np.testing.assert_allclose(got["block_variance"][3], oracle.block_variance(d, mask, 3), rtol=1e-4)
+
+
+def test_by_default_lags_are_powers_of_two_and_sizes_of_four():
+    d = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
+    got = structure_readings(structure_sums(d, np.ones(d.shape, bool)))
+    assert list(got["autocorrelation"]) == [2**i for i in range(7)]
+    assert list(got["block_variance"]) == list(got["cancellation"]) == [4**i for i in range(5)]
