@@ -14,12 +14,15 @@ from opd_jax.train.loop import export_student
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
 
-# Arms differ from each other in the loss and in the gate's segments, and in nothing else.
+# Arms differ from each other in the loss and in the gate's segments, and in nothing else that trains them.
 ARM_SETTINGS = ("loss.kind", "gate.segments")
 
 
 def arms(config: Config) -> dict[str, Config]:
-    """The configs of the demo's arms by name: sampled-token OPD, with blocks, and teacher top-K."""
+    """The configs of the demo's arms by name: sampled-token OPD, with blocks, and teacher top-K.
+
+    The costly readings are taken of the gated arm alone, whose gate they explain.
+    """
     kinds: dict[str, tuple[Any, Any]] = {
         "opd": ("sampled_token", "none"),
         f"opd-block{config.gate.block}": ("sampled_token", "block"),
@@ -30,6 +33,7 @@ def arms(config: Config) -> dict[str, Config]:
             config,
             loss=dataclasses.replace(config.loss, kind=loss),
             gate=dataclasses.replace(config.gate, segments=segments),
+            log=config.log if segments != "none" else dataclasses.replace(config.log, diagnose_every=0),
         )
         for name, (loss, segments) in kinds.items()
     }
