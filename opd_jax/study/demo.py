@@ -45,7 +45,7 @@ def demo(
     train: Callable[[Run, str], None],
     judge: Callable[[Run, Who, str], None],
 ) -> Path:
-    """Train every arm, judge base, teacher and arms, and write the report.
+    """Train every arm, judge base and arms, and write the report.
 
     Args:
       folder: gets a run folder per arm, ``report.html`` and ``report.json``.
@@ -59,7 +59,6 @@ def demo(
     runs = {name: open_run(folder / name, arm) for name, arm in arms(config).items()}
     first = next(iter(runs.values()))
     judge(first, "base", "base")
-    judge(first, "teacher", "teacher")
     for name, run in runs.items():
         train(run, name)
         export_student(run)
