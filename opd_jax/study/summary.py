@@ -226,7 +226,11 @@ def _compared(runs: Sequence[Numbers], graded: dict[tuple[str, str], list[Answer
     pairs = [(("arm", name), ("base", "base")) for name in settings]
     for new in settings:
         for old in settings:
-            differing = {key for key in settings[new] if settings[new][key] != settings[old][key]}
+            differing = {
+                key
+                for key in settings[new]
+                if settings[new][key] != settings[old][key] and not key.startswith("log.")
+            }
             if differing == {"gate.segments"} and settings[old]["gate.segments"] == "none":
                 pairs.append((("arm", new), ("arm", old)))
     compared = []

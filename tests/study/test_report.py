@@ -24,10 +24,9 @@ from tests.rollout.test_store import rewrite_manifest
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = []
-    for gate in ("none", "block"):
-        run = open_run(
-            folder / f"arm-{gate}", tiny_config(f"--gate.segments={gate}", "--log.diagnose_every=3")
-        )
+    for gate, every in (("none", 0), ("block", 3)):  # what is logged makes no other arm
+        overrides = f"--gate.segments={gate}", f"--log.diagnose_every={every}"
+        run = open_run(folder / f"arm-{gate}", tiny_config(*overrides))
         distill(run, lambda line: None, lambda: False)
         for who in ("student", "base"):
             evaluate_run(run, who, lambda answer: None, lambda: False)
@@ -53,7 +52,10 @@ def test_the_json_holds_what_the_run_wrote(page):
             found = [run.scored.shard(round_)[stored] for round_ in (0, 1)]
             assert [round_[name] for round_ in told["rounds"]] == found
             read = [distance for distance in found if distance]
-            assert read
+            # What is not diagnosed is read once.
+            assert len(read) == (0 if (stored, run) == ("null_drift", runs[0]) else 2)
+            if not read:
+                continue
             assert told[name]["p99"] == max(distance["p99"] for distance in read)
             assert told[name]["pearson"] == min(distance["pearson"] for distance in read) > 0.999
     by_name = {judged["name"]: judged for judged in numbers["judged"]}
@@ -98,9 +100,8 @@ def test_the_page_stands_alone_and_is_well_formed(page):
     assert checker.svgs == 5
     assert checker.borders >= 4  # two rollouts of several blocks of eight tokens
     assert "<script" not in text
-    assert (
-        text.count("<td>sampler against trainer</td>") == text.count("<td>trainer against itself</td>") == 2
-    )
+    assert text.count("<td>sampler against trainer</td>") == 2
+    assert text.count("<td>trainer against itself</td>") == 1
 
 
 def test_a_store_that_says_less_of_distances_is_reported(page, tmp_path):
