@@ -13,6 +13,11 @@ from typing import Any
 Stop = Callable[[], bool]
 
 
+def never() -> bool:
+    """A user who does not want to stop."""
+    return False
+
+
 class Interrupted(Exception):
     """The run stopped at the user's wish, with everything done so far on disk."""
 

@@ -61,6 +61,16 @@ class ManifestFile:
         self._known = version, manifest
         return manifest, version
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the store belongs to."""
+        return self.read()[0]["about"]
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """What is said of each sealed round, in order."""
+        return self.read()[0]["rounds"]
+
     def write(self, manifest: dict[str, Any], version: Any) -> None:
         """Replace the manifest if it is still of a version, None where there is none yet."""
         # A line a round. An indented one takes ten times as long to write, and is written every round.

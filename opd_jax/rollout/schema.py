@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opd_jax.errors import InputError
+from opd_jax.tasks import is_unicode
 
 SCHEMA_VERSION = 3
 _STAMP = b"opd_jax"  # key of a file's metadata: what the file says of itself, as JSON
@@ -69,9 +70,10 @@ _SCALARS = {
     "truncated": pa.bool_(),
     "reward": pa.float32(),
 }
-_ROLLOUT = [field.name for field in dataclasses.fields(Rollout) if field.name != "score"]
-_SCORE = [field.name for field in dataclasses.fields(Score)]
-_HIDDEN = "teacher_hidden"
+# Columns, by where they stand.
+ROLLOUT = [field.name for field in dataclasses.fields(Rollout) if field.name != "score"]
+SCORE = [field.name for field in dataclasses.fields(Score)]
+HIDDEN = "teacher_hidden"
 GROUP_BYTES = 2**20  # of one row group of a shard, about
 _LIMIT = 2**31  # integers are stored as int32
 _LOGPROB_SLACK = 0.5  # nats above 0 that rounding of large logits to bfloat16 accounts for
@@ -154,17 +156,15 @@ def _check_scalars(rollout: Rollout, where: str) -> None:
         raise InputError(
             f"a reward must be a finite number: {where} has {rollout.reward!r}; grade it again, or drop it"
         )
-    try:
-        rollout.problem.encode()
-    except (AttributeError, UnicodeEncodeError):
+    if not isinstance(rollout.problem, str) or not is_unicode(rollout.problem):
         raise InputError(
             f"a problem must be named in text that UTF-8 has: {where} has {rollout.problem!r}; name it so"
-        ) from None
+        )
 
 
 def _check_array(name: str, values: np.ndarray, where: str) -> None:
     """Its axes; of ids that they are integers that a file can hold, too."""
-    axes = 2 if "topk" in name or name == _HIDDEN else 1
+    axes = 2 if "topk" in name or name == HIDDEN else 1
     if np.ndim(values) != axes:
         raise InputError(
             f"a column must have the axes that `Score` and `Rollout` say: {where} has {name} of shape "
@@ -183,8 +183,8 @@ def _check_array(name: str, values: np.ndarray, where: str) -> None:
 def encode(rollouts: Sequence[Rollout], says: Mapping[str, Any]) -> bytes:
     """Rollouts as a parquet file that says of itself what ``says`` holds, as JSON values."""
     score = rollouts[0].score
-    columns = {name: _column(name, [getattr(r, name) for r in rollouts]) for name in _ROLLOUT}
-    for name in _SCORE if score is not None else ():
+    columns = {name: _column(name, [getattr(r, name) for r in rollouts]) for name in ROLLOUT}
+    for name in SCORE if score is not None else ():
         if getattr(score, name) is not None:
             columns[name] = _column(name, [getattr(r.score, name) for r in rollouts])
     table = pa.table(columns).replace_schema_metadata({_STAMP: json.dumps(says, sort_keys=True)})
@@ -204,16 +204,16 @@ def decode(data: bytes) -> list[Rollout]:
     """
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        names = [name for name in (*_ROLLOUT, *_SCORE) if name in table.column_names]
+        names = [name for name in (*ROLLOUT, *SCORE) if name in table.column_names]
         columns = {name: values_of(name, table.column(name).combine_chunks()) for name in names}
         scored = "old_logprobs" in columns
-        if _HIDDEN in columns:
-            pairs = zip(columns[_HIDDEN], columns["response_ids"], strict=True)
-            columns[_HIDDEN] = [hidden.reshape(len(ids), -1) for hidden, ids in pairs]
+        if HIDDEN in columns:
+            pairs = zip(columns[HIDDEN], columns["response_ids"], strict=True)
+            columns[HIDDEN] = [hidden.reshape(len(ids), -1) for hidden, ids in pairs]
         return [
             Rollout(
-                **{name: columns[name][row] for name in _ROLLOUT},
-                score=Score(**{name: columns[name][row] for name in _SCORE if name in columns})
+                **{name: columns[name][row] for name in ROLLOUT},
+                score=Score(**{name: columns[name][row] for name in SCORE if name in columns})
                 if scored
                 else None,
             )
@@ -235,7 +235,7 @@ def said_by(data: bytes) -> dict[str, Any]:
 def _column(name: str, values: Sequence[Any]) -> pa.Array:
     if name in _SCALARS:
         return pa.array(values, _SCALARS[name])
-    if name == _HIDDEN:
+    if name == HIDDEN:
         return pa.array([np.asarray(v, ml_dtypes.bfloat16).tobytes() for v in values], pa.large_binary())
     flat = np.concatenate([np.asarray(value, _dtype(name)) for value in values])
     inner = pa.array(flat.ravel())
@@ -249,7 +249,7 @@ def values_of(name: str, column: Any) -> Sequence[Any]:
     """A column, one value a row: a plain one, or an array ``[R]`` or ``[R, K]``."""
     if name in _SCALARS:
         return column.to_pylist()
-    if name == _HIDDEN:
+    if name == HIDDEN:
         return [np.frombuffer(cell, ml_dtypes.bfloat16) for cell in column.to_pylist()]
     flat, lengths = column.flatten(), column.value_lengths().to_numpy()
     shape: tuple[int, ...] = (-1,)

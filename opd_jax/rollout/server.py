@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from opd_jax.errors import InputError
-from opd_jax.interrupt import Stop
+from opd_jax.interrupt import Stop, never
 from opd_jax.keys import derived_seed
 from opd_jax.rollout.engine import Generated, Request
 from opd_jax.rollout.server_post import Failure, Wrong
-from opd_jax.rollout.servers import Call, Servers, never
+from opd_jax.rollout.servers import Call, Servers
 
 COMPLETIONS = "/v1/completions"
 NOTHING = -9999.0  # what OpenAI-compatible servers write for minus infinity and NaN

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from opd_jax.errors import InputError
-from opd_jax.interrupt import Stop
+from opd_jax.interrupt import Stop, never
 from opd_jax.rollout.server import COMPLETIONS, check_logprobs, choice_of, named, wrong
 from opd_jax.rollout.server_post import Refused
-from opd_jax.rollout.servers import Call, Servers, never
+from opd_jax.rollout.servers import Call, Servers
 from opd_jax.types import Rows
 
 MOST = 1.01  # probability that ids may have together, where a server rounds theirs

@@ -19,7 +19,7 @@ import httpx2
 from anyio.from_thread import start_blocking_portal
 
 from opd_jax.errors import InputError
-from opd_jax.interrupt import Interrupted, Stop
+from opd_jax.interrupt import Interrupted, Stop, never
 from opd_jax.rollout.server_post import LONGEST, Busy, Failure, Post, Wrong, address, poster
 
 CONNECT = 10.0  # seconds to wait for a connection
@@ -71,11 +71,6 @@ class _Session:
         """Wake whoever waits for a server."""
         self.news.set()
         self.news = asyncio.Event()
-
-
-def never() -> bool:
-    """A user who does not want to stop."""
-    return False
 
 
 class Servers:

@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 
 from opd_jax.errors import InputError
 from opd_jax.rollout.rows import lengths_of
-from opd_jax.rollout.schema import values_of
+from opd_jax.rollout.schema import HIDDEN, ROLLOUT, SCORE, values_of
 from opd_jax.rollout.store import Rollout, RolloutStore, Score
 
-_ROLLOUT = tuple(name for name in Rollout.__dataclass_fields__ if name != "score")
-_SCORE = tuple(name for name in Score.__dataclass_fields__ if name != "teacher_hidden")
+_SCORE = [name for name in SCORE if name != HIDDEN]
 
 
 class _Opened(NamedTuple):
@@ -54,7 +53,7 @@ class RolloutSource:
                 raise InputError(
                     f"a column must be one that is fed: got {name!r}; choose from {', '.join(_SCORE)}"
                 )
-        self._store, self._columns = store, [*_ROLLOUT, *columns]
+        self._store, self._columns = store, [*ROLLOUT, *columns]
         self._held, self._lock, self._opening = held, threading.Lock(), threading.Lock()
         self._groups: OrderedDict[tuple[int, int], Mapping[str, Any]] = OrderedDict()
         self._opened: dict[int, _Opened] = {}
@@ -163,4 +162,4 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
     score = None
     if any(name in row for name in _SCORE):
         score = Score(**{name: own(row.get(name)) for name in _SCORE})
-    return Rollout(**{name: own(row[name]) for name in _ROLLOUT}, score=score)
+    return Rollout(**{name: own(row[name]) for name in ROLLOUT}, score=score)

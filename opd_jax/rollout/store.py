@@ -76,22 +76,17 @@ class RolloutStore:
     @property
     def about_store(self) -> dict[str, Any]:
         """What the store says it belongs to."""
-        return dict(self._manifest.read()[0]["about"])
+        return dict(self._manifest.about)
 
     @property
     def rounds(self) -> list[int]:
         """The rounds sealed so far, in order."""
-        return [entry["round"] for entry in self._manifest.read()[0]["rounds"]]
+        return [entry["round"] for entry in self._manifest.rounds]
 
     @property
     def shards(self) -> list[dict[str, Any]]:
         """What the manifest says of the shards of all sealed rounds, in order."""
-        return [dict(shard) for entry in self._manifest.read()[0]["rounds"] for shard in entry["shards"]]
-
-    @property
-    def files(self) -> list[str]:
-        """Where the shards of all sealed rounds lie, in order."""
-        return [f"{self.path}/{shard['file']}" for shard in self.shards]
+        return [dict(shard) for entry in self._manifest.rounds for shard in entry["shards"]]
 
     def shard(self, round_: int) -> dict[str, Any]:
         """What the manifest says of a sealed round: ``rows``, ``tokens``, ``shards``, what `seal` was told.
@@ -99,7 +94,7 @@ class RolloutStore:
         Raises:
           InputError: the round is not in the store.
         """
-        for entry in self._manifest.read()[0]["rounds"]:
+        for entry in self._manifest.rounds:
             if entry["round"] == round_:
                 return copy.deepcopy(entry)
         raise InputError(

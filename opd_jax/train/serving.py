@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_jax.config import EngineConfig
 from opd_jax.errors import InputError
-from opd_jax.interrupt import Stop
+from opd_jax.interrupt import Stop, never
 from opd_jax.model.hf_load import check_folder
 from opd_jax.model.sharding import on_mesh
 from opd_jax.rollout.rows import gather, make_rows
@@ -19,7 +19,7 @@ from opd_jax.rollout.score import make_scorer
 from opd_jax.rollout.server import ServerEngine
 from opd_jax.rollout.server_refresh import Probe, refresh
 from opd_jax.rollout.server_score import teacher_rows
-from opd_jax.rollout.servers import Servers, never
+from opd_jax.rollout.servers import Servers
 from opd_jax.tasks import prompt_ids
 from opd_jax.train.engines import banned_ids
 from opd_jax.train.export import write_policy

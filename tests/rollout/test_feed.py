@@ -147,7 +147,7 @@ def test_a_store_on_an_object_store_is_fed_as_one_in_a_folder(store):
 
 def test_a_shard_that_is_not_as_it_was_written_is_named_when_it_is_touched(tmp_path):
     written = stored(RolloutStore(tmp_path))
-    file = Path(written.files[2])
+    file = Path(written.path, written.shards[2]["file"])
     whole = file.read_bytes()
     for at in range(5, len(whole), len(whole) // 20):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
@@ -166,7 +166,7 @@ def test_a_shard_that_rots_after_it_was_verified_is_named_by_its_pages(tmp_path)
     written = stored(RolloutStore(tmp_path))
     source = RolloutSource(written, SCORES)
     source.length(8)
-    file = Path(written.files[2])
+    file = Path(written.path, written.shards[2]["file"])
     pages = pq.read_metadata(file).row_group(0).column(5)
     rotten = bytearray(file.read_bytes())
     rotten[pages.data_page_offset + pages.total_compressed_size - 3] ^= 1

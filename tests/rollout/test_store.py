@@ -422,7 +422,7 @@ def test_a_manifest_is_parsed_once_for_each_version(tmp_path, monkeypatch):
     for _ in range(9):
         assert reader.rounds == [0, 1]
         reader.shard(1)["shards"].clear()  # the caller's own
-        assert len(reader.files) == 4
+        assert len(reader.shards) == 4
     assert parsed.count(whole) == 1
     store.append(rollouts(2))
     store.seal(2)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd_jax.interrupt import never
 from opd_jax.train.loop import distill
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
@@ -12,11 +13,6 @@ WHOLE = ("--log.diagnose_every=3",)  # the settings of the run that others are c
 
 def ignore(line: dict) -> None:
     """Receive metrics and do nothing."""
-
-
-def never() -> bool:
-    """Never stop."""
-    return False
 
 
 @pytest.fixture(scope="session")

@@ -421,7 +421,7 @@ def test_rollouts_may_lie_in_an_object_store(finished, tmp_path):
     assert not (again.folder / "rollouts").exists()
     assert again.metrics_file.read_bytes() == finished.metrics_file.read_bytes()
     for ours, theirs in ((again.rollouts, finished.rollouts), (again.scored, finished.scored)):
-        names = [[file.rpartition("/")[2] for file in store.files] for store in (ours, theirs)]
+        names = [[shard["file"] for shard in store.shards] for store in (ours, theirs)]
         assert names[0] == names[1]  # which hold digests of their content
     write_report([again.folder], tmp_path / "report.html")
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["rounds"][1]["reward"] >= 0
