@@ -123,8 +123,11 @@ class LossConfig:
     dual_clip: float = 3.0
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
     special_tokens: Literal["keep", "first_out", "all_out"] = "keep"  # out of the mask; EOS stays in it
+    special_ids: tuple[int, ...] = ()  # which they are; those of the tokenizer where none are listed
     old_source: Literal["trainer", "sampler"] = "trainer"  # whose log-probs are `old`; see rollout.score
-    top_k: int = 32  # teacher ids stored with every token; the support of teacher_topk
+    # Teacher ids stored with every token: the support of teacher_topk, and of the forward KL of the terms,
+    # whose sources take 16 (entropy_aware) and 64 (trust_region).
+    top_k: int = 32
     student_k: int = 16  # student ids stored where something asks for them; the support of student_topk
     extrapolation: float = 1.8  # of sign_gated, which goes with weights.members=[sg_opd]
     conflict: float = 1.0
@@ -145,7 +148,8 @@ class GateConfig:
     cusum_slack: float = 0.5  # root mean squares of drift
     cusum_limit: float = 4.0
     tau: float = 1.0
-    target_ratio: float | None = None  # effective token ratio that tau is chosen for, batch by batch
+    # Effective token ratio that tau is chosen for, batch by batch: the gate's, without weights.members.
+    target_ratio: float | None = None
     statistic: Literal["signed_mean", "mean_abs", "rms", "positive", "negative"] = "signed_mean"
     map: Literal["exp", "clipped_exp", "hard"] = "exp"
     floor: float = 0.1  # of clipped_exp
@@ -249,8 +253,8 @@ class LogConfig:
     """What is kept for the report beyond one line per update."""
 
     rows: int = 4  # rollouts whose tokens are kept with drift and weight, at a round's last update
-    # Updates between costly readings (a second backward pass), 0 for never. They are taken before the last
-    # update of a round, where drift is largest, if a multiple of this lies among the round's updates.
+    # Updates between costly readings (a second backward pass), 0 for never. A multiple of a round's updates
+    # takes them before the last update of rounds, where drift is largest.
     diagnose_every: int = 10
 
 

@@ -146,7 +146,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         name = name_of(node)
         if name in ("stop_gradient",):
             yield "missing detach", node.args[0]
-        if name in ("masked", "_behind") or (name == "where" and len(node.args) == 3):
+        if name == "masked" or (name == "where" and len(node.args) == 3):
             if name == "where":
                 yield "missing mask", node.args[1]
             elif name == "masked":

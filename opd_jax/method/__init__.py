@@ -10,7 +10,15 @@ accumulate    the same over micro-batches        scope                 over whic
 
 from opd_jax.method.accumulate import Share, divisor, merge, rescale, share
 from opd_jax.method.bounds import clip_weights, residual, tau_for_ratio
-from opd_jax.method.controls import constant, disagreement, inverse, position_mean, random, shuffled
+from opd_jax.method.controls import (
+    constant,
+    disagreement,
+    inverse,
+    noise_a_place,
+    position_mean,
+    random,
+    shuffled,
+)
 from opd_jax.method.diagnostics import (
     DRIFT_EDGES,
     SCORE_EDGES,
@@ -123,6 +131,7 @@ __all__ = [
     "merge",
     "needs",
     "newline_spans",
+    "noise_a_place",
     "normalise",
     "objective",
     "percentiles",

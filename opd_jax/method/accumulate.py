@@ -96,12 +96,12 @@ def merge(a: Share, b: Share, tau: float | Array = 1.0) -> Share:
 def divisor(whole: Share, eps: float = 0.0) -> Array:
     """What ``weighted``, and its gradient, are divided by: ``gbar sum(m)``, the one division of all.
 
-    1 where there is no token, and nothing to divide.
+    1 where there is no token, and nothing to divide. With ``eps``, ``gbar`` is that of `normalise`.
 
     >>> whole = Share(*jnp.array([40., 8., 10., 0.]))
     >>> divisor(whole), whole.weighted / divisor(whole)  # gbar = .8 times ten tokens
     (Array(8., dtype=float32), Array(5., dtype=float32))
     """
-    tokens = whole.tokens + eps
-    by = (quotient(whole.total, tokens) + eps) * tokens
+    gbar = quotient(whole.total, whole.tokens + eps) + eps
+    by = gbar * whole.tokens
     return jnp.where(by > 0, by, 1.0)

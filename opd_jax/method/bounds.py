@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.method.arithmetic import quotient
-from opd_jax.method.gates import drift_size, masked
+from opd_jax.method.gates import ROUNDING, drift_size, masked
 from opd_jax.method.scope import Scope, scope_count, scope_least, scope_total
 
 Array = jax.Array
@@ -61,7 +61,7 @@ def clip_weights(
       ValueError: the bounds do not enclose 1.
 
     >>> w = jnp.array([[0., 0., 1., 1., 1., 1.], [1., 1., 1., 1., 2., 2.]])
-    >>> clip_weights(w, jnp.ones((2, 6)), 0.5, 2.0)  # the zeros take 1 of 12, the others are 11 / 12 each
+    >>> clip_weights(w, jnp.ones((2, 6)), 0.5, 2.0)  # two zeros take 1 of 12; 8 c + 2 * 2 c = 11
     Array([[0.5   , 0.5   , 0.9167, 0.9167, 0.9167, 0.9167],
            [0.9167, 0.9167, 0.9167, 0.9167, 1.8333, 1.8333]], dtype=float32)
     """
@@ -125,10 +125,12 @@ def tau_for_ratio(
         raise ValueError(f"an effective token ratio lies in (0, 1]: got a target of {target}; lower it")
     size = drift_size(cur, old, mask, segments, statistic)
     over: tuple[Scope, None, str | None] = ("minibatch", None, axis_name)
-    beyond = masked(size - scope_least(size, mask, *over), mask)
+    least = scope_least(size, mask, *over)
+    beyond = masked(size - least, mask)
     count = scope_count(mask, *over)
     mean = quotient(scope_total(beyond, mask, *over), count)
-    drifts = mean > SMALLEST_DRIFT
+    # Rounding is no drift: a tau that told apart what is equal would be a gate of noise.
+    drifts = mean > jnp.maximum(ROUNDING * least, SMALLEST_DRIFT)
     beyond = beyond / jnp.where(drifts, mean, 1.0)
 
     def excess(log_tau: Array) -> Array:  # in units of 1 / mean

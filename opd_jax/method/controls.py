@@ -40,6 +40,8 @@ def constant(g: Array, mask: Array, segments: Array) -> Array:
 def inverse(g: Array, mask: Array, segments: Array) -> Array:
     """``1 / g``: what drifted most counts most, ``[B, T]``.
 
+    A gate below 1e-15, of a segment 35 nats beyond the least drifted one, counts as 1e-15.
+
     >>> g = jnp.array([[.2, .2, .5, .5, 1., 1.], [.4, .4, .25, .25, 0., 0.]])
     >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
@@ -47,7 +49,7 @@ def inverse(g: Array, mask: Array, segments: Array) -> Array:
     Array([[5. , 5. , 2. , 2. , 1. , 1. ],
            [2.5, 2.5, 4. , 4. , 0. , 0. ]], dtype=float32)
     """
-    return masked(1.0 / jnp.maximum(g, 1e-30), mask)
+    return masked(1.0 / jnp.maximum(g, 1e-15), mask)
 
 
 def position_mean(
@@ -120,8 +122,8 @@ def random(g: Array, mask: Array, segments: Array, key: Array, *, axis_name: str
     >>> mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     >>> segments = jnp.array([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]])
     >>> random(g, mask, segments, jax.random.key(0))
-    Array([[0.4 , 0.4 , 1.  , 1.  , 0.25, 0.25],
-           [0.2 , 0.2 , 0.5 , 0.5 , 0.  , 0.  ]], dtype=float32)
+    Array([[0.4 , 0.4 , 0.25, 0.25, 0.5 , 0.5 ],
+           [1.  , 1.  , 0.2 , 0.2 , 0.  , 0.  ]], dtype=float32)
     """
     return _exchange(g, mask, segments, jnp.zeros_like(segments), key, axis_name)
 
@@ -162,12 +164,26 @@ def _exchange(
     table, valid = _table(g, segments)
     rows = table.shape[0]
     table, valid, kinds = (_all_rows(x, axis_name) for x in (table, valid, kinds))
-    noise = jax.random.uniform(key, table.shape).ravel()
+    noise = noise_a_place(key, *table.shape).ravel()
     shape, kinds = table.shape, jnp.where(valid, kinds, table.size).ravel()
     # Kind by kind, once in order and once at random: the n-th entry of a kind takes the n-th one drawn.
     places, drawn = jnp.argsort(kinds, stable=True), jnp.lexsort((noise, kinds))
     exchanged = jnp.zeros_like(table).ravel().at[places].set(table.ravel()[drawn]).reshape(shape)
     return _spread(_own_rows(exchanged, rows, axis_name), mask, segments)
+
+
+def noise_a_place(key: Array, rows: int, width: int, first: Array | int = 0) -> Array:
+    """Uniform noise of a batch's places, ``[rows, width]`` from row ``first`` on, whatever the batch's shape.
+
+    Each row is drawn with a key of its own, and a place along it whatever follows: padding changes none.
+
+    >>> key = jax.random.key(0)
+    >>> jnp.array_equal(noise_a_place(key, 2, 6), noise_a_place(key, 3, 9)[:2, :6])
+    Array(True, dtype=bool)
+    """
+    # jax.random.bits counts along the array (jax_threefry_partitionable): a longer row begins alike.
+    own = jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
+    return jax.vmap(lambda key: jax.random.uniform(key, (width,)))(own)
 
 
 def _places(segments: Array, sequence_ids: Array | None) -> Array:

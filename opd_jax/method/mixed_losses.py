@@ -76,7 +76,7 @@ def trust_region_loss(
     """TrOPD (arXiv 2606.01249): tokens the teacher would not accept get forward KL instead, ``[B, T]``.
 
     Each token keeps ``base`` with probability ``min(q / p, 1)``, the acceptance rule of speculative
-    decoding; an outlier gets ``sum_S q (log q - log p)`` on the teacher's top 64. The paper's third
+    decoding; an outlier gets ``sum_S q (log q - log p)`` on the teacher's top K, 64 in the paper. Its third
     term, on prefixes written by the teacher, has no counterpart in rollouts of the student alone.
 
     Args:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.method.arithmetic import quotient
-from opd_jax.method.gates import drift, masked, normalise, relative_gate
-from opd_jax.method.scope import Scope
+from opd_jax.method.gates import drift, map_gate, masked, normalise, segment_score
+from opd_jax.method.scope import Scope, scope_least, scope_total
 from opd_jax.method.segments import segment_total, sequence_segments
 
 Array = jax.Array
@@ -97,7 +97,7 @@ def drift_weights(
 
     Args:
       cur, old, mask, segments, sequence_ids, axis_name: as in `objective`.
-      tau, statistic, map, floor: of the gate, see `relative_gate`.
+      tau, statistic, map, floor: of the gate, see `gate`.
       scope, eps: of the normaliser, see `normalise`.
       reweigh: g to another g before the normaliser: a control arm (`opd_jax.method.controls`).
       others: ``[B, T]`` further weights, detached, that multiply g before the normaliser (`combine`).
@@ -116,31 +116,31 @@ def drift_weights(
     # d = cur - old: how far the policy has moved on the token it sampled.
     d = jax.lax.stop_gradient(drift(cur, old, m))
 
-    # s = mean_segment d,  g = exp(-tau |s|): segments that drifted far count less.
+    # s = mean of d over the segment,  g = exp(-tau |s|): segments that drifted far count less.
+    h = m.astype(jnp.float32) if others is None else masked(others, m)
     g = m.astype(jnp.float32)
     if segments is not None:
-        g = relative_gate(
-            cur,
-            old,
-            m,
-            segments,
-            tau=tau,
-            statistic=statistic,
-            map=map,
-            floor=floor,
-            scope=scope,
-            sequence_ids=sequence_ids,
-            axis_name=axis_name,
-            others=others if reweigh is None else None,  # a control hands the gate of any segment to any
-        )
-    if reweigh is not None:
-        g = reweigh(g)
-    if others is not None:
-        g = g * masked(others, m)
+        s = segment_score(d, m, segments, statistic=statistic)
+        # g is relative to the least |s|, which gbar cancels: of those that will count in the scope. A control
+        # hands the gate of any segment to any, so that all of the batch are among them.
+        counted, reach = (m & (h > 0), scope) if reweigh is None else (m, _crossing(scope))
+        least = scope_least(jnp.abs(s), counted, reach, sequence_ids, axis_name)
+        g = map_gate(jnp.abs(s), least, m, tau=tau, map=map, floor=floor)
+    if reweigh is None:
+        g = g * h
+    else:
+        g = reweigh(g) * h
+        if scope != "none":
+            # Where a control left none that float32 tells from 0 all are alike, and what is alike weighs one.
+            g = jnp.where(scope_total(g, m, scope, sequence_ids, axis_name) > 0, g, h)
 
     # w = sg(g / gbar): mean one.
     w = normalise(g, m, scope=scope, sequence_ids=sequence_ids, axis_name=axis_name, eps=eps)
     return d, w if bound is None else bound(w)
+
+
+def _crossing(scope: Scope) -> Scope:
+    return "minibatch" if scope == "sequence" else scope
 
 
 def weighted_loss(

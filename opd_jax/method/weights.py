@@ -15,7 +15,7 @@ from opd_jax.method.arithmetic import wide
 from opd_jax.method.gates import drift, masked
 from opd_jax.method.losses import importance_ratio
 from opd_jax.method.scope import masked_quantile
-from opd_jax.method.segments import running_total, segment_total, sequence_segments
+from opd_jax.method.segments import running_total, sequence_total
 
 Array = jax.Array
 
@@ -132,7 +132,7 @@ def iw_opd(
            [1.5  , 1.375, 1.25 , 1.125, 0.   , 0.   ]], dtype=float32)
     """
     a = jnp.abs(jax.lax.stop_gradient(wide(tea) - wide(old)))
-    total = segment_total(a, sequence_segments(mask, sequence_ids))
+    total = sequence_total(a, mask, sequence_ids)
     before = running_total(a, mask, sequence_ids) - a
     share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)
     return masked(1.0 + (largest - 1.0) * jnp.clip(1.0 - share, 0.0, 1.0), mask)

@@ -15,7 +15,7 @@ from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, by_problem, read_answers
 from opd_jax.files import read_text
-from opd_jax.method import DRIFT_EDGES, WEIGHT_EDGES, percentiles
+from opd_jax.method import DRIFT_EDGES, SCORE_EDGES, WEIGHT_EDGES, percentiles
 from opd_jax.rollout import RolloutStore
 from opd_jax.settings import load_config
 from opd_jax.study.statistics import Interval, mean_interval, paired_difference
@@ -110,7 +110,7 @@ def _run(folder: Path, name: str) -> Numbers:
                 "null_drift": told[round_].get("null_drift"),
                 **{
                     name: float(np.mean([line[name] for line in updates]))
-                    for name in ("loss", "kl_teacher_k1", "entropy", "gradient_norm")
+                    for name in ("loss", "kl_teacher_k1", "entropy", "gradient_norm", "response_length")
                 },
             }
             for round_, updates in sorted(per_round.items())
@@ -119,6 +119,9 @@ def _run(folder: Path, name: str) -> Numbers:
             name: [line[name] for line in lines]
             for name in ("update", "drift_abs", "effective_token_ratio", "clip_fraction")
         },
+        "gradient_norm_percentiles": np.percentile(
+            [line["gradient_norm"] for line in lines], PERCENTILES
+        ).tolist(),
         "within_round": [
             {
                 "update": position + 1,
@@ -130,6 +133,11 @@ def _run(folder: Path, name: str) -> Numbers:
                 "effective_token_ratio": float(np.mean([line["effective_token_ratio"] for line in updates])),
                 "drift_percentiles": _percentiles(updates, "drift_histogram", DRIFT_EDGES),
                 "weight_percentiles": _percentiles(updates, "weight_histogram", WEIGHT_EDGES),
+                **(
+                    {"score_percentiles": _percentiles(updates, "score_histogram", SCORE_EDGES)}
+                    if "score_histogram" in updates[0]  # of gates alone
+                    else {}
+                ),
             }
             for position, updates in sorted(per_position.items())
         ],
@@ -157,6 +165,8 @@ def _diagnosis(lines: Sequence[Numbers]) -> Numbers | None:
     means: Numbers = {
         "updates": len(lines),
         "gradient_norm": float(np.mean([line["gradient_norm"] for line in lines])),
+        "gradient_norm_max": max(line["gradient_norm"] for line in lines),
+        "ungated_gradient_norm_max": max(one["ungated_gradient_norm"] for one in told),
     }
     for name in dict.fromkeys(name for one in told for name in one):
         values = [one[name] for one in told if name in one]

@@ -31,8 +31,10 @@ LOSSES: dict[str, Callable[..., Array]] = {
 }
 
 
-def _with_reference_kl(base: Array, cur: Array, ref: Array, *, kl_weight: float) -> Array:
-    return base + kl_weight * method.reference_kl(cur, ref)
+def _with_reference_kl(
+    base: Array, cur: Array, ref: Array, *, kl_weight: float, mask: Array | None = None
+) -> Array:
+    return base + kl_weight * method.reference_kl(cur, ref, mask=mask)
 
 
 # Each takes the loss so far as `base` and returns another.
@@ -108,20 +110,26 @@ EXTRAS = {
 }
 
 
-def options(member: Callable[..., Array], settings: Any, prefix: str = "") -> dict[str, Any]:
+def options(member: Callable[..., Array], settings: Any, where: str) -> dict[str, Any]:
     """The keyword parameters of a member that the settings have a value for, by name.
+
+    Args:
+      member: a loss, a term or a weight.
+      settings: the branch of the config that has them.
+      where: how the names of the member's settings begin: ``loss.``, ``weights.popd_``.
 
     Raises:
       InputError: a parameter without a default is not set.
     """
     found = {}
+    prefix = where.partition(".")[2]
     for name, parameter in inspect.signature(member).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or not hasattr(settings, prefix + name):
             continue
         found[name] = getattr(settings, prefix + name)
         if found[name] is None and parameter.default is inspect.Parameter.empty:
             raise InputError(
-                f"a constant that its paper does not print must be set: {prefix + name} is empty; "
+                f"a constant that its paper does not print must be set: {where + name} is empty; "
                 "give a number"
             )
     return found
@@ -129,17 +137,17 @@ def options(member: Callable[..., Array], settings: Any, prefix: str = "") -> di
 
 def bound_members(config: Config) -> dict[str, Callable[..., Array]]:
     """Every loss, term, weight and control that a config names, with its options filled in."""
-    members = {f"loss.kind={config.loss.kind}": _bind(LOSSES[config.loss.kind], config.loss)}
-    members |= {f"loss.terms={name}": _bind(TERMS[name], config.loss) for name in config.loss.terms}
+    members = {f"loss.kind={config.loss.kind}": _bind(LOSSES[config.loss.kind], config.loss, "loss.")}
+    members |= {f"loss.terms={name}": _bind(TERMS[name], config.loss, "loss.") for name in config.loss.terms}
     for name in config.weights.members:
-        members[f"weights.members={name}"] = _bind(method.WEIGHTS[name], config.weights, f"{name}_")
+        members[f"weights.members={name}"] = _bind(method.WEIGHTS[name], config.weights, f"weights.{name}_")
     if config.gate.control != "none":
         members[f"gate.control={config.gate.control}"] = CONTROLS[config.gate.control]
     return members
 
 
-def _bind(member: Callable[..., Array], settings: Any, prefix: str = "") -> Callable[..., Array]:
-    return functools.partial(member, **options(member, settings, prefix))
+def _bind(member: Callable[..., Array], settings: Any, where: str) -> Callable[..., Array]:
+    return functools.partial(member, **options(member, settings, where))
 
 
 def wanted_extras(config: Config) -> dict[str, str]:
@@ -182,19 +190,16 @@ def gate_options(config: Config, fields: Fields, axis_name: str | None = None) -
     if config.weights.members:
         chosen = [members[f"weights.members={name}"] for name in config.weights.members]
         others = method.combine(chosen, available, mask.astype(jnp.float32), mask)
-    tau: float | Array = gate.tau
-    if gate.target_ratio is not None and segments is not None:
-        tau = method.tau_for_ratio(
-            fields["cur"],
-            fields["old"],
-            mask,
-            segments,
-            gate.target_ratio,
-            statistic=gate.statistic,
-            axis_name=axis_name,
+
+    def tau(cur: Array, old: Array) -> float | Array:
+        if gate.target_ratio is None or segments is None:
+            return gate.tau
+        target, statistic = gate.target_ratio, gate.statistic
+        return method.tau_for_ratio(
+            cur, old, mask, segments, target, statistic=statistic, axis_name=axis_name
         )
+
     shape: dict[str, Any] = {
-        "tau": tau,
         "statistic": gate.statistic,
         "map": gate.map,
         "floor": gate.floor,
@@ -203,7 +208,7 @@ def gate_options(config: Config, fields: Fields, axis_name: str | None = None) -
     }
 
     def regate(cur: Array, old: Array) -> Array:
-        return method.relative_gate(cur, old, mask, segments, others=others, **shape)
+        return method.relative_gate(cur, old, mask, segments, others=others, tau=tau(cur, old), **shape)
 
     def control(g: Array) -> Array:
         return call(members[f"gate.control={gate.control}"], {**available, "g": g, "regate": regate})
@@ -216,6 +221,7 @@ def gate_options(config: Config, fields: Fields, axis_name: str | None = None) -
     controlled = gate.control != "none" and segments is not None
     return {
         **shape,
+        "tau": tau(fields["cur"], fields["old"]),
         "eps": gate.eps,
         "reweigh": control if controlled else None,
         "others": others,
@@ -242,6 +248,16 @@ def check_choices(config: Config) -> None:
       InputError: two choices contradict each other, or a constant that has no default is not set.
     """
     bound_members(config)
+    for setting, names in (("loss.terms", config.loss.terms), ("weights.members", config.weights.members)):
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"a member counts once: {setting} is [{', '.join(names)}]; name each of them once"
+            )
+    if config.loss.special_ids and config.loss.special_tokens == "keep":
+        raise InputError(
+            f"tokens that are kept need no list: loss.special_ids is {list(config.loss.special_ids)}; "
+            "set loss.special_tokens=first_out or all_out"
+        )
     _check_gate(config)
     _check_engine(config)
     loss, members = config.loss, config.weights.members
@@ -250,8 +266,8 @@ def check_choices(config: Config) -> None:
     )
     if "token_is" in members and holds_ratio and not config.weights.ratio_twice:
         raise InputError(
-            f"token_is counts the importance ratio that {loss.kind} with {loss.surrogate} holds already: use "
-            "loss.surrogate=reinforce or a teacher_topk loss, or set weights.ratio_twice"
+            f"an importance ratio counts once: token_is is one, and loss.kind={loss.kind} holds one; use "
+            "sampled_token with loss.surrogate=reinforce or a teacher_topk loss, or set weights.ratio_twice"
         )
     for kind, name in (("teacher_topk", "top_k"), ("student_topk", "student_k")):
         if loss.kind == kind and getattr(loss, name) < 2:
@@ -337,6 +353,17 @@ def _check_gate(config: Config) -> None:
             raise InputError(
                 f"gate.target_ratio needs gate.map=exp and gate.scope=minibatch: got {gate.map} and "
                 f"{gate.scope}; drop one of the three"
+            )
+        moved = {
+            "gate.clip": gate.clip is not None,
+            "gate.residual": gate.residual != 1,
+            "gate.control=inverse": gate.control == "inverse",
+        }
+        if any(moved.values()):
+            names = " and ".join(name for name in moved if moved[name])
+            raise InputError(
+                f"gate.target_ratio is reached by the gate as it comes: {names} would move it away again; "
+                "drop the one or the other"
             )
     if (gate.segments, gate.scope) == ("sequence", "sequence"):
         raise InputError(

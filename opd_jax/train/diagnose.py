@@ -40,7 +40,14 @@ def without_gate(config: Config) -> Config:
     return dataclasses.replace(
         config,
         gate=dataclasses.replace(
-            config.gate, segments="none", control="none", clip=None, residual=1.0, target_ratio=None
+            config.gate,
+            segments="none",
+            control="none",
+            clip=None,
+            residual=1.0,
+            target_ratio=None,
+            map="exp",  # of no gate; these two let micro-batches be added up in one sweep
+            scope="minibatch",
         ),
         weights=dataclasses.replace(config.weights, members=()),
     )
@@ -102,7 +109,8 @@ def null_readings(
 ) -> dict[str, tuple[Array, Array]]:
     """The gate that the config asks for, with no update between `old` and `cur`: what rounding does to it.
 
-    What a weight reads besides these two is that of the student as it is.
+    What a weight reads besides these two is that of the student as it is. The oracle's gate reads two
+    supports in their place, which were not scored a second time: of it there is no null weight.
     """
     rows, signal, gate = batch.rows, batch.signal, config.gate
     d = drift(signal.again, signal.old, rows.mask)
@@ -118,12 +126,12 @@ def null_readings(
         segments = SEGMENTS[gate.segments](rows, gate, newline, d)
         score = segment_score(d, rows.mask, segments, statistic=gate.statistic)
         sums["null_score"] = masked_sum(jnp.abs(score), rows.mask)
+    if gate.control == "oracle":
+        return sums
     still = {**fields, "cur": signal.again, "segments": segments}
-    if "old_on_support" in fields:
-        still["cur_on_support"] = fields["old_on_support"]
     _, w = weights_of(config, still, config.schedule.microbatches)
     return sums | {
-        "null_weight_min": (jnp.min(jnp.where(rows.mask, w, jnp.inf)), one),
+        "null_weight_min": (jnp.min(jnp.where(rows.mask, w, jnp.max(w))), one),
         "null_weight_max": (jnp.max(w), one),
     }
 

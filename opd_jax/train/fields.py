@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from opd_jax.config import Config
 from opd_jax.keys import derived_seed
-from opd_jax.method import drift, topk_tail_loss
+from opd_jax.method import drift, noise_a_place, topk_tail_loss
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.lora import on_top
 from opd_jax.model.vocab import readout
@@ -88,10 +88,5 @@ def drawn_fields(
     """
     key = jax.random.fold_in(jax.random.key(derived_seed(config.seed, "update")), update)
     shuffle, noise = jax.random.split(key)
-    if axis_name is None:
-        drawn = jax.random.uniform(noise, shape)
-    else:
-        rows, width = shape
-        whole = jax.random.uniform(noise, (rows * jax.lax.axis_size(axis_name), width))
-        drawn = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis_name) * rows, rows)
-    return {"step": update, "key": shuffle, "noise": drawn}
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * shape[0]
+    return {"step": update, "key": shuffle, "noise": noise_a_place(noise, *shape, first)}

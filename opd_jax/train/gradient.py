@@ -14,6 +14,7 @@ from opd_jax.method import (
     SCORE_EDGES,
     WEIGHT_EDGES,
     drift_diagnostics,
+    first_response,
     histogram,
     masked_sum,
     objective,
@@ -33,7 +34,8 @@ Array = jax.Array
 class Readings:
     """What one update says of itself."""
 
-    sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
+    sums: dict[str, tuple[Array, Array]]  # name -> (sum, count), which add up over parts and updates
+    whole: dict[str, Array]  # name -> scalar of the whole minibatch: loss, norms, extremes
     histograms: dict[str, Array]  # name -> [bins] counts between the edges of `opd_jax.method`
     drift: Array  # [B, T]
     weights: Array  # [B, T]
@@ -79,11 +81,14 @@ def read(config: Config, fields: dict[str, Any], loss: Array, d: Array, w: Array
     mask, segments = fields["mask"], fields["segments"]
     clip = (config.loss.clip_low, config.loss.clip_high)
     sums = drift_diagnostics(fields["cur"], fields["old"], fields["tea"], d, w, mask, clip=clip)
-    one = jnp.ones(())
-    sums["loss"] = (loss, one)
-    sums["drift_max"] = (jnp.max(jnp.abs(d)), one)
-    sums["weight_min"] = (jnp.min(jnp.where(mask, w, jnp.inf)), one)
-    sums["weight_max"] = (jnp.max(w), one)
+    whole = {
+        "loss": loss,
+        "drift_max": jnp.max(jnp.abs(d)),
+        "weight_min": jnp.min(jnp.where(mask, w, jnp.max(w))),
+        "weight_max": jnp.max(w),
+    }
+    sequences = first_response(mask, fields["sequence_ids"]).astype(jnp.float32)
+    sums["response_length"] = (jnp.sum(mask.astype(jnp.float32)), jnp.sum(sequences))
     sums["entropy"] = masked_sum(fields["entropy"], mask)
     # A renormalised top-K loss is blind to mass outside its support: watch it from both sides.
     sums["student_support_mass"] = support_mass(fields["student_logprobs_on_support"], mask)
@@ -99,4 +104,4 @@ def read(config: Config, fields: dict[str, Any], loss: Array, d: Array, w: Array
     else:
         score = jnp.abs(segment_score(d, mask, segments, statistic=config.gate.statistic))
         histograms["score"] = histogram(score, mask, SCORE_EDGES)
-    return Readings(sums=sums, histograms=histograms, drift=d, weights=w, segments=segments)
+    return Readings(sums=sums, whole=whole, histograms=histograms, drift=d, weights=w, segments=segments)

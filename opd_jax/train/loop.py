@@ -157,12 +157,13 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
 
 
 def is_diagnosed(config: Config, update: int) -> bool:
-    """True at the last update of a round that has a multiple of ``log.diagnose_every`` among its updates.
+    """True at every ``log.diagnose_every``-th update.
 
-    That is where drift is largest; at a round's first update there is none to diagnose.
+    Multiples of a round's updates fall on the last of a round, where drift is largest; at a round's first
+    there is none to diagnose.
     """
-    every, in_round = config.log.diagnose_every, config.schedule.updates_per_round
-    return every > 0 and (update + 1) % in_round == 0 and update % every < in_round
+    every = config.log.diagnose_every
+    return every > 0 and (update + 1) % every == 0
 
 
 def counted_rows(run: Run, rows: Rows) -> Rows:
@@ -181,8 +182,16 @@ def counted_rows(run: Run, rows: Rows) -> Rows:
 
 
 def special_ids(run: Run) -> tuple[int, ...]:
-    """Ids of the tokenizer's special tokens but for those that end a response: stopping is trained."""
-    return vocabulary.special_ids(run.tokenizer, {run.tokenizer.eos_token_id, *run.stop_ids})
+    """Ids that ``loss.special_tokens`` is about, but for those that end a response: stopping is trained."""
+    ends = {run.tokenizer.eos_token_id, *run.stop_ids}
+    listed = run.config.loss.special_ids
+    for id_ in listed:
+        if not 0 <= id_ < len(run.tokenizer):
+            raise InputError(
+                f"a special token must be in the vocabulary: loss.special_ids has {id_}, the tokenizer "
+                f"{len(run.tokenizer)} ids; drop it"
+            )
+    return tuple(sorted(set(listed) - ends)) if listed else vocabulary.special_ids(run.tokenizer, ends)
 
 
 def check_extras(run: Run, round_: int) -> None:

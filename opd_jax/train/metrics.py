@@ -82,7 +82,7 @@ def drop_lines_from(path: Path, update: int) -> None:
 def as_line(readings: Readings) -> dict[str, Any]:
     """One update's means and histograms as JSON values."""
     told = jax.device_get(readings)
-    line: dict[str, Any] = figures(told.sums)
+    line: dict[str, Any] = figures(told.sums) | {name: float(value) for name, value in told.whole.items()}
     line["tokens"] = int(told.sums["drift"][1])
     for name, counts in told.histograms.items():
         line[f"{name}_histogram"] = counts.astype(int).tolist()

@@ -47,7 +47,7 @@ def make_mapped_update(
         # (the part's own gradient, times the devices) and shard_map (the whole one on each): the mean
         # over the axis is right for both.
         gradient = jax.lax.pmean(gradient, AXIS)
-        return apply_gradient(state, gradient, optimizer), readings.sums["loss"][0]
+        return apply_gradient(state, gradient, optimizer), readings.whole["loss"]
 
     return update
 

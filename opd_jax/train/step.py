@@ -76,7 +76,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Readings]:
         gradient, readings = compute(state.params, batch, state.update, config, model, newline, frozen)
-        readings.sums["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
+        readings.whole["gradient_norm"] = optax.tree.norm(gradient)
         return apply_gradient(state, gradient, optimizer), readings
 
     return jax.jit(

@@ -134,3 +134,13 @@ class Variants(chex.TestCase):
         w = gates.drift_gate(*arrays[:3], segments)
         close(loss, oracle.weighted_loss(batch["base"], w, batch["mask"]))
         close(slopes, w / batch["mask"].sum())
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.01, 0.5])
+def test_eps_is_that_of_the_whole(eps):
+    batch = fields(4)
+    arrays = [batch[name] for name in ("cur", "old", "mask", "base")]
+    segments = fixed_blocks(batch["mask"], 3)
+    part = share(*arrays, segments)
+    want = objective(*arrays, segments, eps=eps).loss
+    np.testing.assert_allclose(part.weighted / divisor(part, eps), want, rtol=1e-6)

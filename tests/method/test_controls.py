@@ -12,8 +12,10 @@ from opd_jax.method import (
     constant,
     disagreement,
     drift_gate,
+    drift_weights,
     fixed_blocks,
     inverse,
+    noise_a_place,
     normalise,
     position_mean,
     random,
@@ -195,3 +197,71 @@ class Variants(chex.TestCase):
         got = self.variant(disagreement)(g, mask, segments, score)
         chex.assert_shape(got, SHAPE)
         close(got, oracle.disagreement(g, segments, score))
+
+
+_COMPILED = {}
+
+
+def _jitted(function, *which):
+    return _COMPILED.setdefault(which, jax.jit(function))
+
+
+@few
+@given(wild | typical(-2, 0), packings(), seeds, masks, st.sampled_from(["sequence", "minibatch"]))
+def test_arms_within_the_objective_have_mean_one_in_every_scope(cur, packing, seed, others, scope):
+    """Also where a sequence was handed none but gates that float32 does not tell from zero."""
+    mask, ids = packing
+    segments = compiled(fixed_blocks, size=3)(mask, sequence_ids=ids)
+    dirty = np.where(mask, cur, np.nan)
+    for number in range(6):
+
+        def weights(cur, mask, segments, ids, key, others, number=number):
+            def reweigh(g):
+                return list(arms(g, mask, segments, key, jnp.where(mask, jnp.abs(cur), 0.0)))[number][1]
+
+            return drift_weights(
+                cur, 0 * cur, mask, segments, scope=scope, sequence_ids=ids, reweigh=reweigh, others=others
+            )[1]
+
+        w = _jitted(weights, number, scope)(dirty, mask, segments, ids, jax.random.key(seed), others * 1.0)
+        chex.assert_tree_all_finite(w)
+        w = np.asarray(w, np.float64)
+        assert not w[~(mask & others)].any()
+        for positions in gates.scopes(mask, scope, ids):
+            if any(others[at] for at in positions):
+                np.testing.assert_allclose(sum(w[at] for at in positions), len(positions), rtol=1e-5)
+
+
+def test_a_scope_of_sequences_takes_nothing_from_what_crosses_them():
+    d = jnp.log(jnp.array([[1.0, 2.0], [4.0, 4.0]]))
+    mask, segments = jnp.ones((2, 2)), jnp.array([[0, 1], [0, 1]])
+    seen = []
+
+    def reweigh(g):
+        seen.append(g)
+        return position_mean(g, mask, segments)
+
+    _, w = drift_weights(d, 0 * d, mask, segments, scope="sequence", reweigh=reweigh)
+    np.testing.assert_allclose(seen[0], [[1, 0.5], [0.25, 0.25]], rtol=1e-6)  # the printed g
+    np.testing.assert_allclose(w, [[1.25, 0.75], [1.25, 0.75]], rtol=1e-6)  # (5/8, 3/8) over their mean
+
+
+@few
+@given(typical(-2, 0), masks, seeds)
+def test_padding_draws_no_arm_anew(cur, mask, seed):
+    def drawn(arm, more):
+        wide, inside = (np.pad(x, ((0, more // 4), (0, more))) for x in (cur, mask))
+        segments = compiled(fixed_blocks, size=3)(inside)
+        g = compiled(relative_gate)(wide, 0 * wide, inside, segments)
+        return np.asarray(compiled(arm)(g, inside, segments, jax.random.key(seed)))[: len(cur), :LENGTH]
+
+    for arm in DRAWN:
+        np.testing.assert_array_equal(drawn(arm, 0), drawn(arm, LENGTH))
+
+
+def test_places_draw_alike_from_any_row_on():
+    key = jax.random.key(3)
+    whole = noise_a_place(key, 8, 40)
+    np.testing.assert_array_equal(noise_a_place(key, 2, 7, 5), whole[5:7, :7])
+    assert len(np.unique(whole)) == 320
+    assert 0 <= float(whole.min()) < 0.05 < 0.95 < float(whole.max()) < 1

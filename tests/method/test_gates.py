@@ -353,3 +353,24 @@ def test_unknown_names_are_refused():
     for function in (lambda: normalise(x, x, scope="batch"), lambda: drift_gate(x, x, x, ids, scope="batch")):
         with pytest.raises(ValueError, match="scope must be"):
             function()
+
+
+@pytest.mark.parametrize("statistic", sorted(STATISTICS))
+@pytest.mark.parametrize("drift", [0.1, 3.3, -100.3, 9999.7])
+def test_equal_drift_weighs_one_at_the_lengths_of_the_paper(drift, statistic):
+    """Where a sum added up token by token is off by a weight."""
+    mask = np.arange(16384) < np.array([[16384], [9000], [77]])
+    for segments in (whole_sequence(mask), fixed_blocks(mask, 256)):
+        w = compiled(drift_gate, statistic=statistic)(
+            np.full(mask.shape, drift, np.float32), 0.0 * mask, mask, segments
+        )
+        np.testing.assert_allclose(w, mask, atol=1e-5 if abs(drift) < 1e3 else 2e-3)
+
+
+def test_a_long_mean_is_that_of_float64_whatever_lies_far_out():
+    rng = np.random.default_rng(0)
+    d = rng.normal(5, 0.1, (2, 16384)).astype(np.float32)
+    d[1, 77] = 1e4
+    ids = np.zeros(d.shape, np.int32)
+    got = compiled(segment_score)(d, np.ones_like(ids), ids)[:, 0]
+    np.testing.assert_allclose(got, d.mean(axis=1, dtype=np.float64), rtol=1e-6)

@@ -268,3 +268,11 @@ class Variants(chex.TestCase):
         got = self.variant(fire_opd)(*args)
         chex.assert_shape(got, SHAPE)
         close(got, oracle.fire_opd(*args, 0.2, 1.0, 1.0))
+
+
+def test_the_share_of_a_long_response_is_that_of_float64():
+    rng = np.random.default_rng(0)
+    a = rng.exponential(size=(1, 16384)).astype(np.float32)
+    got = compiled(iw_opd)(np.zeros_like(a), a, np.ones_like(a))
+    before = np.cumsum(a, axis=1, dtype=np.float64) - a
+    np.testing.assert_allclose(got, 1 + 0.5 * (1 - before / a.sum(dtype=np.float64)), atol=2e-6)

@@ -9,9 +9,9 @@ import pytest
 
 from opd_jax.config import flatten
 from opd_jax.errors import InputError
-from opd_jax.method import drift, objective
+from opd_jax.method import drift, drift_weights, effective_token_ratio, objective
 from opd_jax.settings import load_config
-from opd_jax.train.choices import SEGMENTS, base_loss, check_choices, gate_options
+from opd_jax.train.choices import LOSSES, SEGMENTS, base_loss, check_choices, gate_options
 from opd_jax.types import Rows
 from tests.conftest import tiny_config
 from tests.method.batches import fields
@@ -79,7 +79,7 @@ EFFECTS = {
     "weights.f_opd_threshold": (F_OPD, "0.01", "0.2"),
 }
 # Of what is scored and what the mask holds: tests.train.test_wiring, test_loop.
-ELSEWHERE = {"loss.top_k", "loss.student_k", "loss.old_source", "loss.special_tokens"}
+ELSEWHERE = {"loss.top_k", "loss.student_k", "loss.old_source", "loss.special_tokens", "loss.special_ids"}
 
 
 @functools.cache
@@ -143,10 +143,20 @@ def test_no_setting_of_loss_gate_or_weights_is_left_out():
         (("--gate.segments=none", "--gate.target_ratio=0.5"), "gate.segments=none and gate.control=none"),
         (("--gate.control=constant", "--gate.target_ratio=0.5"), "gate.control=constant there is none"),
         (("--gate.scope=sequence", "--gate.target_ratio=0.5"), "needs gate.map=exp and gate.scope=minibatch"),
+        (("--gate.target_ratio=0.5", "--gate.clip=[0.9,1.1]"), "gate.clip would move it away"),
+        (
+            ("--gate.target_ratio=0.5", "--gate.residual=0.5", "--gate.control=inverse"),
+            "gate.residual and gate.control=inverse would",
+        ),
+        (("--weights.members=[iw_opd,iw_opd]",), r"weights.members is \[iw_opd, iw_opd\]"),
+        (("--loss.terms=[trust_region,trust_region]",), r"loss.terms is \[trust_region, trust_region\]"),
+        (("--loss.special_ids=[3]",), r"loss.special_ids is \[3\]"),
+        (("--loss.terms=[reference_kl]",), "loss.kl_weight is empty"),
+        (("--weights.members=[token_is]", "--loss.kind=scope"), "loss.kind=scope holds one"),
         (("--gate.segments=sequence", "--gate.scope=sequence"), "every weight 1"),
         (("--gate.statistic=negative", "--gate.control=oracle"), "never below 0"),
         (("--gate.segments=none", "--gate.control=random"), "name segments"),
-        (("--weights.members=[sg_opd]",), "sg_opd_tau is empty"),
+        (("--weights.members=[sg_opd]",), "weights.sg_opd_tau is empty"),
         (("--weights.members=[scope_opd]", "--schedule.minibatches=8"), "4 prompts do not divide by 8"),
         (("--weights.members=[scope_opd]", "--gate.scope=microbatch"), "would part them"),
     ],
@@ -173,3 +183,41 @@ def test_choices_that_do_nothing_or_contradict_each_other_are_refused(overrides,
 def test_settings_that_would_turn_weights_negative_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize("control", ["none", "noise", "oracle", "shuffled", "random", "disagreement"])
+def test_a_target_ratio_is_reached_by_every_gate_it_goes_with(control):
+    """Also by those that are made from another drift, at a tau of their own."""
+    arrays, rows, newline = batch()
+    config = tiny_config("--gate.block=4", "--gate.target_ratio=0.6", f"--gate.control={control}")
+    check_choices(config)
+    d = drift(arrays["cur"], arrays["old"], arrays["mask"])
+    again = arrays["old"] + np.random.default_rng(5).normal(0, 1e-4, SHAPE).astype(np.float32)
+    segments = SEGMENTS["block"](rows, config.gate, newline, d)
+    arrays = arrays | {"segments": segments, "again": again}
+    _, w = drift_weights(
+        arrays["cur"], arrays["old"], arrays["mask"], segments, **gate_options(config, arrays)
+    )
+    ratio = float(effective_token_ratio(w, arrays["mask"]))
+    assert ratio == pytest.approx(0.6, rel=1e-3 if control in ("none", "noise", "oracle") else 0.2)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+@pytest.mark.parametrize("terms", ["[]", "[entropy_aware]", "[trust_region]", "[reference_kl]"])
+def test_nothing_behind_the_mask_is_read_by_what_a_config_names(kind, terms):
+    arrays, *_ = batch()
+    config = tiny_config(f"--loss.kind={kind}", f"--loss.terms={terms}", "--loss.kl_weight=0.1")
+    mask, cur = arrays["mask"], arrays["cur"]
+    names = ("old", "tea", "ref", "again", "student_logprobs_on_support", "teacher_logprobs_on_support")
+    dirty = {
+        name: np.where(mask[(...,) + (None,) * (arrays[name].ndim - 2)], arrays[name], np.nan)
+        for name in names
+        if name in arrays
+    }
+
+    def total(cur):
+        return jnp.sum(jnp.where(mask, base_loss(config, {**arrays, **dirty, "cur": cur}), 0.0))
+
+    value, slope = jax.value_and_grad(total)(jnp.where(mask, cur, jnp.inf))
+    assert np.isfinite(value)
+    assert np.isfinite(np.asarray(slope)).all()

@@ -165,7 +165,7 @@ def test_a_micro_batch_may_be_the_scope_of_its_weights(scored):
         kept = (parts[rows] > 0).sum()
         assert abs(kept - mask[rows].sum() / 2) <= 2  # tip keeps half of each part
     assert np.abs(whole - parts).max() > 1e-2
-    assert float(told[4].sums["loss"][0]) != pytest.approx(float(told[1].sums["loss"][0]), rel=1e-4)
+    assert float(told[4].whole["loss"]) != pytest.approx(float(told[1].whole["loss"]), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_parts_are_the_whole(scored, kind):
         # The tail bucket is what 1 - sum leaves of float32 digits.
         close(in_parts, gradient, rtol=6e-5 if "topk_tail" in " ".join(KINDS[kind]) else 3e-5)
         close(told.weights, readings.weights)
-        loss, want = (float(r.sums["loss"][0]) for r in (told, readings))
+        loss, want = (float(r.whole["loss"]) for r in (told, readings))
         np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
 
 
@@ -277,13 +277,13 @@ def test_replicated_steps_are_the_step(scored, devices, kind):
     )
     replicated = jax.device_put(state(), jax.NamedSharding(mesh, jax.P()))
     mapped, loss = shard_map_step(run.model, config, run.optimizer, newline, mesh)(replicated, batch)
-    np.testing.assert_allclose(loss, readings.sums["loss"][0], rtol=1e-5)
+    np.testing.assert_allclose(loss, readings.whole["loss"], rtol=1e-5)
     moved_alike(mapped.params, want)
     if devices == 8 and kind == "drift gate":
         copies = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *np.shape(x))), state())
         parts = jax.tree.map(lambda x: np.reshape(x, (devices, -1, *x.shape[1:])), batch)
         mapped, loss = pmap_step(run.model, config, run.optimizer, newline)(copies, parts)
-        np.testing.assert_allclose(loss, np.full(devices, readings.sums["loss"][0]), rtol=1e-5)
+        np.testing.assert_allclose(loss, np.full(devices, readings.whole["loss"]), rtol=1e-5)
         moved_alike(jax.tree.map(lambda x: x[0], mapped.params), want)
 
 

@@ -130,6 +130,8 @@ def test_a_packed_step_is_the_padded_one(ragged):
     for name, (total, count) in want.sums.items():
         told = [float(x) for x in got.sums[name]]
         np.testing.assert_allclose(told, [total, count], rtol=1e-5, atol=1e-5, err_msg=name)
+    for name, value in want.whole.items():
+        np.testing.assert_allclose(got.whole[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     for name, bins in want.histograms.items():
         assert np.abs(np.asarray(got.histograms[name]) - bins).sum() <= 2  # one on an edge, by rounding
     same_tokens(got.weights, want.weights, packed, padded, order, rtol=1e-4)

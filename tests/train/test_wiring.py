@@ -117,6 +117,7 @@ def test_a_step_is_the_printed_formulas(scored, tmp_path, gate, loss):
     with jax.set_mesh(run.mesh):
         _, readings = run.train_step(run.state, batch, {})
     told = {name: float(a) / float(b) for name, (a, b) in readings.sums.items()}
+    told |= {name: float(value) for name, value in readings.whole.items()}
 
     student = dense(run.model, run.base, rows)
     cur = of_ids(student, rows.targets[..., None])[..., 0]
