@@ -209,3 +209,10 @@ def test_nonsense_is_refused():
     for wrong in ({"minimum": 5, "maximum": 4}, {"slack": -1.0}, {"limit": 0.0}):
         with pytest.raises(ValueError, match="slack >= 0 and limit > 0"):
             cusum_spans(mask, mask, **wrong)
+
+
+def test_what_lies_outside_stops_nobody_who_debugs_with_nans():
+    values, ids = jnp.array([[1.0, 2.0, jnp.nan]]), jnp.array([[0, 0, -1]])
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(segment_total(values, ids), [[3, 3, 0]])
+        np.testing.assert_array_equal(segment_largest(values, ids), [[2, 2, 0]])
