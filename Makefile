@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-constraints: $(INSTALLED)  ## write down what is installed here
+constraints: $(INSTALLED)  ## print what is installed here, for constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable
 
 clean:

@@ -17,6 +17,7 @@ from opd_jax.processes import end_soon, join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 NO_SETTINGS = ("report", "lab", "problems", "import")
+AT_ONCE = ("report", "plan", "problems", "import", "inspect")  # hold nothing that stopping could spare
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(argv: Sequence[str]) -> int:
     try:
-        with stop_on_signal() as stop:
+        with stop_on_signal(at_once=bool(argv) and argv[0] in AT_ONCE) as stop:
             words, settings = split_settings(argv)
             arguments = _parser().parse_args(words)
             if settings and arguments.command in NO_SETTINGS:
@@ -154,7 +155,7 @@ def _status(argv: Sequence[str]) -> int:
                 )
             _run(arguments, settings, stop)
     except (Interrupted, KeyboardInterrupt):
-        # What is finished is on disk either way; a second Ctrl-C only costs the part under way.
+        # What is finished is on disk either way; a second Ctrl-C only costs what is under way.
         print(f"\nopd: interrupted; {_again(argv)}", file=sys.stderr)
         return INTERRUPTED
     except InputError as error:
@@ -174,7 +175,7 @@ def _status(argv: Sequence[str]) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on, in words that work where this command did."""
-    if argv[:1] in (["lab"], ["problems"]):
+    if argv and argv[0] in ("lab", *AT_ONCE):
         return "begin again with the same command"
     program = sys.argv[0] if Path(sys.argv[0]).name == "opd" else f"{sys.executable} -m opd_jax.cli"
     return f"go on with: {program} {shlex.join(argv)}"

@@ -12,17 +12,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from opd_jax.config import Config
+from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
-from opd_jax.evaluate import by_problem, read_answers
+from opd_jax.evaluate import Answer, by_problem, read_answers
 from opd_jax.files import write_text
 from opd_jax.interrupt import Stop
 from opd_jax.processes import is_first
 from opd_jax.settings import config_file, load_config
 from opd_jax.study.demo import ARM_SETTINGS, demo
-from opd_jax.study.evaluation import Who, answers_file, evaluate_run
+from opd_jax.study.evaluation import Who, evaluate_run, is_judged
 from opd_jax.study.report import write_report
-from opd_jax.study.statistics import mean_interval
+from opd_jax.study.statistics import share_interval
 from opd_jax.train.loop import Report, distill, do_part, export_student, next_part
 from opd_jax.train.opening import open_run
 from opd_jax.train.run import Run
@@ -63,7 +63,7 @@ def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
     seen = right = 0
     with tqdm(total=total, desc=f"{label}: evaluation", unit="answer", disable=not is_first() or None) as bar:
 
-        def report(answer: Any) -> None:
+        def report(answer: Answer) -> None:
             nonlocal seen, right
             seen, right = seen + 1, right + answer.correct
             bar.set_postfix_str(f"right {right / seen:.3f}", refresh=False)
@@ -74,7 +74,7 @@ def judge(run: Run, who: Who, label: str, stop: Stop) -> None:
         return
     records = read_answers(file)
     for k in sorted({1, run.config.evaluation.samples}):
-        interval = mean_interval(list(by_problem(records, k).values()))
+        interval = share_interval(list(by_problem(records, k).values()))
         print(f"{label}: pass@{k} {interval.percent()} %, {len(run.heldout)} problems, {file}")
 
 
@@ -97,9 +97,16 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
         if word.removeprefix("--").split("=")[0] in ARM_SETTINGS:
             raise InputError(f"the demo's arms set {' and '.join(ARM_SETTINGS)}: got {word}; use opd distill")
     config = load_config(arguments.config or config_file("lab.yaml"), overrides)
+    asked, default = flatten(config), flatten(Config())
+    for name in ARM_SETTINGS:
+        if asked[name] != default[name]:
+            raise InputError(
+                f"the demo's arms set {' and '.join(ARM_SETTINGS)}: {arguments.config} sets {name}; drop it, "
+                "or use opd distill"
+            )
 
     def judge_once(run: Run, who: Who, label: str) -> None:
-        if not answers_file(run, who).exists():
+        if not is_judged(run, who):
             judge(run, who, label, stop)
 
     def train(run: Run, label: str) -> None:

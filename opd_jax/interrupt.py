@@ -23,12 +23,12 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second acts at once."""
+def stop_on_signal(*, at_once: bool = False) -> Iterator[Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second, or the first, acts at once."""
     requested = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
-        if requested.is_set():
+        if at_once or requested.is_set():
             raise KeyboardInterrupt
         requested.set()
         print("\nopd: stopping at the next safe place; once more to stop at once", file=sys.stderr)

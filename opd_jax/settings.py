@@ -6,13 +6,17 @@ draccus reads YAML, TOML, JSON and dotted ``--key value`` pairs into the frozen 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import draccus
+import yaml
 
 from opd_jax.config import Config, flatten, flatten_tree
 from opd_jax.errors import InputError
@@ -54,11 +58,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     named = [word.removeprefix("--").split("=")[0] for word in overrides if word.startswith("--")]
     if path is not None:
-        _check_keys(_read(Path(path)), str(path))
+        settings = _read(Path(path))
+        _check_keys(settings, str(path))
+        _check_lists(dict(flatten_tree(settings)), str(path))
         config = _parse(path, (), str(path))
     _check_keys(dict.fromkeys(named), "the command line")
     if overrides or path is None:
+        _check_lists(_values(overrides), "the command line")
         config = _parse(path, overrides, "the command line")
+    _check_given(config)
     check(config)
     return config
 
@@ -78,6 +86,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             settings = draccus.cfgparsing.load_config(file, file=path)
+        if path.suffix in (".yaml", ".yml"):
+            _check_once(yaml.compose(path.read_text(encoding="utf-8")), path)
     except OSError as error:
         raise InputError(f"a config must be a readable file: {error}; check the path") from None
     except draccus.utils.ParsingError as error:
@@ -86,8 +96,72 @@ def _read(path: Path) -> dict[str, Any]:
             f"a config must be YAML, TOML or JSON: {path} is not ({reason}); correct it"
         ) from None
     if not isinstance(settings, dict):
-        raise InputError(f"a config must set at least one key: {path} sets none; remove or fill it")
+        raise InputError(
+            f"a config must be settings by name: {path} holds {type(settings).__name__}; remove or fill it"
+        )
     return settings
+
+
+def _check_once(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a key that is set twice: YAML would take the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    keys = [key.value for key, _ in node.value]
+    for key, value in node.value:
+        if keys.count(key.value) > 1:
+            raise InputError(
+                f"a setting is set once: {key.value!r} comes twice in a group of {path}, in line "
+                f"{key.start_mark.line + 1}; drop one"
+            )
+        _check_once(value, path)
+
+
+def _hints(of: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The declared type of every setting, by its dotted name."""
+    for name, hint in typing.get_type_hints(of).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """What a declared type may be: the origins of its parts."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {typing.get_origin(part) or part for part in parts}
+
+
+def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted command-line pairs as YAML values by name."""
+    values: dict[str, Any] = {}
+    words = iter(overrides)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        text = value if equals else next(words, "")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[name] = text
+    return values
+
+
+def _check_lists(values: Mapping[str, Any], source: str) -> None:
+    """Refuse one value where several are declared: letters of a word would pass for a list."""
+    for name, hint in _hints():
+        allowed = {list} | (_kinds(hint) & {types.NoneType})
+        if name in values and tuple in _kinds(hint) and type(values[name]) not in allowed:
+            raise InputError(
+                f"a list is written in brackets: {name} is {values[name]!r} in {source}; write "
+                f"[{values[name]}]"
+            )
+
+
+def _check_given(config: Config) -> None:
+    """Refuse null where a value is declared."""
+    values = flatten(config)
+    for name, hint in _hints():
+        if values[name] is None and types.NoneType not in _kinds(hint):
+            raise InputError(f"a setting must have a value: {name} is null; give one, or drop it")
 
 
 def _check_keys(settings: Mapping[str, Any], source: str) -> None:
@@ -101,6 +175,10 @@ def _check_keys(settings: Mapping[str, Any], source: str) -> None:
             )
         if name in valid or (name in groups and value is None):
             continue
+        if name in groups and source != "the command line":
+            raise InputError(
+                f"a group holds settings by name: {name!r} is {value!r} in {source}; nest them under it"
+            )
         raise InputError(
             f"a setting must be one that something reads: {name!r} in {source} is not; {_hint(name, valid)}"
         )

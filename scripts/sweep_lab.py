@@ -38,7 +38,7 @@ from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.interrupt import Stop, stop_on_signal
 from opd_jax.settings import config_file, load_config
 from opd_jax.study.evaluation import Who, answers_file
-from opd_jax.study.statistics import mean_interval, paired_difference
+from opd_jax.study.statistics import mean_interval, paired_difference, share_interval
 from opd_jax.study.summary import summarise
 from opd_jax.train.loop import distill, next_part
 from opd_jax.train.opening import open_run
@@ -122,7 +122,7 @@ def row(setting: Setting, loss: str, gate: str, cells: dict[str, Cell]) -> dict[
         "learning rate, schedule": setting.name,
         "loss": loss,
         "gate": gate,
-        **{f"pass@{k}": mean_interval(list(cell.scores[k].values())).percent() for k in (1, 8)},
+        **{f"pass@{k}": share_interval(list(cell.scores[k].values())).percent() for k in (1, 8)},
         "mean abs d": f"{last['drift_abs']:.4f}",
         "effective token ratio": f"{last['effective_token_ratio']:.4f}",
         "weights": f"{last['weight_min']:.3f} to {last['weight_max']:.3f}",
@@ -225,8 +225,8 @@ def main(folder: Path) -> None:
             "training seed a cell, 160 updates each; brackets are 95% intervals over 200 validation\n"
             "problems x 8 samples and leave out the spread between seeds. Drift, effective token ratio,\n"
             "weights and clipping are those of a round's last update.\n\n"
-            f"Base student: pass@1 {mean_interval(list(base[1].values())).percent()}, "
-            f"pass@8 {mean_interval(list(base[8].values())).percent()}.\n\n"
+            f"Base student: pass@1 {share_interval(list(base[1].values())).percent()}, "
+            f"pass@8 {share_interval(list(base[8].values())).percent()}.\n\n"
             f"Settings in which both ungated arms learn: {'; '.join(learning) or 'none'}.\n\n"
             f"Chosen by the rule: {choice.name if choice else 'none'}. "
             f"With lower bars: {'; '.join(found.name for found in lower if found)}.",

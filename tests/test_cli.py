@@ -71,6 +71,10 @@ def test_parts_by_command(sampled, capsys):
         (["sample", "{tmp}/empty.jsonl/x", *LAB], "Not a directory"),
         (["report", "{tmp}/x"], "has no config.yaml"),
         (["report", "{tmp}", "--gate.block=3"], "takes no settings"),
+        (["demo", "{tmp}/x", "--config", "{tmp}/arms.yaml"], "arms.yaml sets gate.segments; drop it"),
+        (["sample", "{tmp}/x", *LAB, "--sampling.stop_ids=[-1]"], "sampling.stop_ids has -1"),
+        (["sample", "{tmp}/x", *LAB, "--problems.train=broken:at_all"], "SyntaxError: "),
+        (["sample", "{tmp}/x", *LAB, "--problems.train=failing:boom"], "ValueError: no luck, "),
         (["demo", "--mesh.data", "64", "{tmp}/x"], "mesh.data x mesh.fsdp x mesh.expert is 64"),
         (["sample", "gs://bucket/x", *LAB], "run folders are of this machine: got gs://bucket/x"),
         (["report", "gs://bucket/x"], "run folders are of this machine: got gs://bucket/x"),
@@ -78,9 +82,14 @@ def test_parts_by_command(sampled, capsys):
         ([], "required: COMMAND"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, words, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "arms.yaml").write_text("gate:\n  segments: newline\n")
+    (tmp_path / "broken.py").write_text("def at_all(:\n")
+    (tmp_path / "failing.py").write_text("def boom():\n    raise ValueError('no\\nluck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert words in refused(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in argv))
+    assert argv[:1] == ["score"] or not (tmp_path / "x").exists()  # what cannot begin leaves nothing
 
 
 def test_a_store_of_another_student_is_refused(sampled, capsys):
@@ -92,6 +101,13 @@ def test_a_store_of_another_student_is_refused(sampled, capsys):
     assert "a store belongs to one student" in line
     [named] = re.findall("--store.accept='(.*)'$", line)
     assert main(["score", str(sampled), f"--store.accept={named}"]) == 0
+
+
+def test_a_run_on_a_store_of_another_leaves_nothing(sampled, capsys):
+    elsewhere = f"--store.at={sampled}"
+    line = refused(capsys, "sample", sampled.parent / "other", *LAB, "--model.student=lab:teacher", elsewhere)
+    assert "a store belongs to one student" in line
+    assert not (sampled.parent / "other").exists()
 
 
 def test_a_response_of_length_zero_is_refused(sampled, capsys):

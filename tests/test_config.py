@@ -1,6 +1,7 @@
 """Settings: closed, typed, round-trip, refused with a hint."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -68,6 +69,13 @@ def test_toml_is_read_too(tmp_path):
         (["--schedule.minibatches=5"], "do not divide by 5"),
         (["--mesh.data=3"], "mesh.data x mesh.fsdp x mesh.expert is 3"),
         (["--gate.span_minimum=200"], "at least gate.span_minimum"),
+        (["--seed=null"], "seed is null"),
+        (
+            ["--sampling.stop", "</answer>"],
+            r"sampling.stop is '</answer>' in the command line; write \[</answer>\]",
+        ),
+        (["--weights.members=tip"], r"write \[tip\]"),
+        (["--gate.clip=2"], "brackets: gate.clip is 2"),
         (["--store.accept=[student]"], "store.accept has 'student'; write student=VALUE"),
         (["--store.accept=[temperature=1.0,student=]"], "store.accept has 'student='"),
     ],
@@ -83,11 +91,15 @@ def test_bad_overrides_are_refused(overrides, message):
     [
         ("optimizer:\n  lrr: 1\n", "'optimizer.lrr' in .*c.yaml is not"),
         ("optimiser:\n  learning_rate: 1\n", "nearest is optimizer.learning_rate"),
-        ("gate: 3\n", "'gate'|gate"),
+        ("gate: 3\n", "'gate' is 3 in .*c.yaml; nest them"),
+        ("seed: 1\nseed: 2\n", "'seed' comes twice in a group of .*c.yaml, in line 1"),
+        ("gate:\n  tau: 1\n  block: 2\n  tau: 3\n", "'tau' comes twice"),
+        ("sampling:\n  stop: e=\n", r"write \[e=\]"),
+        ("optimizer:\n  learning_rate:\n", "optimizer.learning_rate is null"),
         ("gate: [\n", "is not"),
         ("gate.block: 3\n", "write it as a group"),
-        ("", "sets none"),
-        ("- 1\n", "sets none|must set"),
+        ("", "holds NoneType"),
+        ("- 1\n", "holds list"),
         ("sampling:\n  prompts: true\n", "sampling.prompts"),
         ("optimizer:\n  learning_rate: [1]\n", "learning_rate"),
     ],
@@ -97,6 +109,15 @@ def test_bad_files_are_refused(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         load_config(tmp_path / "c.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_null_is_no_value_of_a_setting_that_has_one():
+    for name, value in flatten(Config()).items():
+        if value is None:
+            load_config(LAB, [f"--{name}=null"])
+        else:
+            with pytest.raises(InputError, match=re.escape(name)):
+                load_config(LAB, [f"--{name}=null"])
 
 
 def test_a_missing_file_is_refused(tmp_path):

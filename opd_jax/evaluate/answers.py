@@ -36,6 +36,7 @@ def answers(
     *,
     samples: int,
     prompting: ProblemsConfig | None = None,
+    done: int = 0,
 ) -> Iterator[Answer]:
     """Draw ``samples`` responses to every problem and grade them.
 
@@ -47,9 +48,10 @@ def answers(
       problems: what is asked.
       samples: n, per problem.
       prompting: how a prompt is made of a problem; by default it is the plain question.
+      done: draws, from the first of the first problem on, that need no answer any more.
     """
     settings = prompting or ProblemsConfig()
-    draws = [(problem, number) for problem in problems for number in range(samples)]
+    draws = [(problem, number) for problem in problems for number in range(samples)][done:]
     prompts = {problem.id: prompt_ids(tokenizer, problem.prompt, settings) for problem in problems}
     requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
     for (problem, number), generated in zip(draws, in_order(engine.draw(requests)), strict=True):

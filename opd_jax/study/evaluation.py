@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, answers, write_answers
-from opd_jax.files import write_text
+from opd_jax.files import read_text, write_text
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
 from opd_jax.processes import agreed, first_alone
 from opd_jax.tasks import prompting_digest
+from opd_jax.train.collect import batches, found_by_all
 from opd_jax.train.engines import Who, engine_of
+from opd_jax.train.metrics import append_line, mend_lines, read_lines
 from opd_jax.train.run import Run
 
 
@@ -40,40 +45,93 @@ def conditions(run: Run) -> dict[str, Any]:
     }
 
 
+def is_judged(run: Run, who: Who) -> bool:
+    """True if a model's answers are there, under the conditions that the run asks for now."""
+    file = answers_file(run, who)
+    return file.exists() and read_conditions(file) == conditions(run)
+
+
+def read_conditions(file: Path) -> dict[str, Any]:
+    """The `conditions` that answers were given under.
+
+    Raises:
+      InputError: they are not beside the answers, or no JSON object.
+    """
+    beside = file.with_suffix(".json")
+    try:
+        told = json.loads(read_text(beside))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise InputError(
+            f"answers have their conditions beside them, a JSON object: {beside} is none; remove {file} and "
+            "evaluate again"
+        )
+    return told
+
+
 def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Stop) -> Path:
     """Answer the held-out problems with one of a run's models, and keep every graded answer.
 
     The draws depend on ``evaluation.seed`` and the problem alone, so all models, arms and seeds are
-    compared on the same ones.
+    compared on the same ones. Whenever ``sampling.slots`` answers are there they are put down, and found
+    again when the same evaluation is begun again.
 
     Args:
       run: the run.
       who: the ``student`` as it is now, the ``base`` it began as, or the ``teacher``.
       report: called with every answer.
-      stop: asked between answers.
+      stop: asked whenever answers have been put down.
 
     Returns:
       The file that holds the answers.
     """
     file = answers_file(run, who)
+    begun, asked = file.with_name(f".{file.name}"), conditions(run)
+    records = found_by_all(lambda: _begun(begun, asked), f"answers of {file.stem}")
+    for record in records:
+        report(record)
     run.make_room("policy" if who == "student" else who)
     evaluation = run.config.evaluation
     engine = engine_of(run, who, evaluation, stream(evaluation.seed, "evaluate"))
-    records = []
     stop = agreed(stop)
     with jax.set_mesh(run.mesh):
         drawn = answers(
-            engine, run.tokenizer, run.heldout, samples=evaluation.samples, prompting=run.config.problems
+            engine,
+            run.tokenizer,
+            run.heldout,
+            samples=evaluation.samples,
+            prompting=run.config.problems,
+            done=len(records),
         )
-        for answer in drawn:
+        for more in batches(drawn, run.config.sampling.slots, math.inf):
+            first_alone(functools.partial(_put_down, begun, asked, more))
+            records += more
+            for record in more:
+                report(record)
             if stop():
                 raise Interrupted
-            records.append(answer)
-            report(answer)
 
     def write() -> None:
+        # Answers count where their conditions are: those come first.
+        write_text(file.with_suffix(".json"), json.dumps(asked, indent=1) + "\n")
         write_answers(file, records)
-        write_text(file.with_suffix(".json"), json.dumps(conditions(run), indent=1) + "\n")
+        begun.unlink(missing_ok=True)
 
     first_alone(write)
     return file
+
+
+def _begun(file: Path, asked: dict[str, Any]) -> list[Answer]:
+    """The first answers of an evaluation that was broken off; none if it was another one."""
+    lines = read_lines(file)
+    return [Answer(**line) for line in lines[1:]] if lines[:1] == [asked] else []
+
+
+def _put_down(file: Path, asked: dict[str, Any], more: Sequence[Answer]) -> None:
+    mend_lines(file)
+    if read_lines(file)[:1] != [asked]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(asked) + "\n")
+    for answer in more:
+        append_line(file, dataclasses.asdict(answer))

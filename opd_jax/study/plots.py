@@ -172,7 +172,8 @@ def scores(summary: Summary) -> str:
             for row, judged in enumerate(summary.judged):
                 value = judged[metric]
                 colour = arms[judged["name"]] if judged["kind"] == "arm" else "#555555"
-                axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
+                if value["low"] is not None:
+                    axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
                 axis.plot(value["mean"], row, "o", color=colour)
             axis.set_yticks(range(len(names)), names)
             axis.invert_yaxis()

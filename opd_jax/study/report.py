@@ -44,8 +44,8 @@ def write_report(folders: Sequence[Path], page: Path) -> Path:
     Raises:
       InputError: a folder is no trained run, or ``page`` would be overwritten by its numbers.
     """
-    if page.suffix == ".json":
-        raise InputError(f"a page has its numbers beside it as .json: got {page}; name it .html")
+    if page.suffix not in (".html", ".htm"):
+        raise InputError(f"a page is HTML, with its numbers beside it as .json: got {page}; name it .html")
     folders = [Path(folder) for folder in folders]
     summary = summarise(folders)
     environment = Environment(

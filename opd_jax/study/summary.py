@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +15,18 @@ import numpy as np
 from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, by_problem, read_answers
-from opd_jax.files import read_text
 from opd_jax.method import DRIFT_EDGES, SCORE_EDGES, WEIGHT_EDGES, percentiles
 from opd_jax.rollout import RolloutStore
 from opd_jax.settings import load_config
-from opd_jax.study.statistics import Interval, mean_interval, paired_difference
+from opd_jax.study.evaluation import read_conditions
+from opd_jax.study.statistics import Interval, paired_difference, share_interval
 from opd_jax.train.metrics import read_lines
+from opd_jax.train.opening import FREE
 from opd_jax.train.run import store_path
 
 Numbers = dict[str, Any]
 PERCENTILES = (5, 25, 50, 75, 95)
+INERT = tuple(name for name in FREE if name != "schedule.rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Summary:
 
     runs: list[Numbers]
     judged: list[Numbers]  # one entry per model: base, arms, teacher
+    judged_as: Numbers  # the conditions that they all were judged under
     compared: list[Numbers]  # paired differences over problems
 
 
@@ -44,10 +48,15 @@ def summarise(folders: Sequence[Path]) -> Summary:
     """
     names = _names(folders)
     runs = [_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    graded = _graded(folders, names)
+    graded, judged_as = _graded(folders, names)
+    updates = {run["name"]: len(run["updates"]["update"]) for run in runs}
     return Summary(
         runs=runs,
-        judged=[_judged(kind, name, records) for (kind, name), records in graded.items()],
+        judged=[
+            _judged(kind, name, records, after, updates.get(name))
+            for (kind, name), (after, records) in graded.items()
+        ],
+        judged_as={name: judged_as[name] for name in judged_as if name not in ("base", "teacher")},
         compared=_compared(runs, graded),
     )
 
@@ -93,10 +102,13 @@ def _run(folder: Path, name: str) -> Numbers:
     told = {round_: scored.shard(round_) for round_ in per_round}
     seconds: dict[str, float] = defaultdict(float)
     for timing in read_lines(folder / "timings.jsonl"):
-        seconds[timing["part"]] += timing["seconds"]
+        seconds[str(timing.get("part"))] += float(timing.get("seconds", 0))
     return {
         "name": name,
-        "settings": flatten(config),
+        # How it is judged may have changed since: that is with the answers.
+        "settings": {
+            key: value for key, value in flatten(config).items() if not key.startswith("evaluation.")
+        },
         "seconds": dict(seconds),
         "sampler_mismatch": _worst([told[round_]["mismatch"] for round_ in told]),
         "null_drift": _worst([told[round_].get("null_drift") for round_ in told]),
@@ -131,10 +143,16 @@ def _run(folder: Path, name: str) -> Numbers:
                 "weight_max": max(line["weight_max"] for line in updates),
                 "clip_fraction": float(np.mean([line["clip_fraction"] for line in updates])),
                 "effective_token_ratio": float(np.mean([line["effective_token_ratio"] for line in updates])),
-                "drift_percentiles": _percentiles(updates, "drift_histogram", DRIFT_EDGES),
-                "weight_percentiles": _percentiles(updates, "weight_histogram", WEIGHT_EDGES),
+                "drift_percentiles": _percentiles(updates, "drift_histogram", DRIFT_EDGES, *_drifts(updates)),
+                "weight_percentiles": _percentiles(
+                    updates, "weight_histogram", WEIGHT_EDGES, *_weights(updates)
+                ),
                 **(
-                    {"score_percentiles": _percentiles(updates, "score_histogram", SCORE_EDGES)}
+                    {
+                        "score_percentiles": _percentiles(
+                            updates, "score_histogram", SCORE_EDGES, 0.0, _drifts(updates)[1]
+                        )
+                    }
                     if "score_histogram" in updates[0]  # of gates alone
                     else {}
                 ),
@@ -184,54 +202,80 @@ def _diagnosis(lines: Sequence[Numbers]) -> Numbers | None:
     return means
 
 
-def _percentiles(lines: Sequence[Numbers], name: str, edges: Sequence[float]) -> list[float]:
-    """Percentiles of all tokens of several updates."""
-    return percentiles(np.sum([line[name] for line in lines], axis=0).tolist(), edges, PERCENTILES)
+def _drifts(lines: Sequence[Numbers]) -> tuple[float, float]:
+    most = max(line["drift_max"] for line in lines)
+    return -most, most
 
 
-def _graded(folders: Sequence[Path], names: Sequence[str]) -> dict[tuple[str, str], list[Answer]]:
-    """Every model's answers by (kind, name): the base first, the teacher last, an arm's latest."""
-    found: dict[tuple[str, str], list[Answer]] = {}
-    judged_as: dict[str, Any] | None = None
+def _weights(lines: Sequence[Numbers]) -> tuple[float, float]:
+    return min(line["weight_min"] for line in lines), max(line["weight_max"] for line in lines)
+
+
+def _percentiles(
+    lines: Sequence[Numbers], name: str, edges: Sequence[float], low: float, high: float
+) -> list[float]:
+    """Percentiles of all tokens of several updates, none beyond the least and the largest of them."""
+    found = percentiles(np.sum([line[name] for line in lines], axis=0).tolist(), edges, PERCENTILES)
+    return np.clip(found, low, high).tolist()
+
+
+Graded = dict[tuple[str, str], tuple[int, list[Answer]]]  # (kind, name) -> updates done, answers
+
+
+def _graded(folders: Sequence[Path], names: Sequence[str]) -> tuple[Graded, dict[str, Any]]:
+    """Every model's answers, the base first, the teacher last, an arm's latest; and how all were judged."""
+    found: Graded = {}
+    judged_as: dict[str, Any] = {}
     for kind in ("base", "arm", "teacher"):
         for folder, name in zip(folders, names, strict=True):
-            files = (folder / "evaluation").glob(f"{'update-*' if kind == 'arm' else kind}.jsonl")
-            latest = max(files, key=lambda file: int(file.stem.partition("-")[2] or 0), default=None)
-            if latest is None:
+            pattern = re.compile(r"update-(\d+)\.jsonl" if kind == "arm" else rf"{kind}()\.jsonl")
+            files = {int(told[1] or 0): file for file, told in _matching(folder / "evaluation", pattern)}
+            if not files:
                 continue
-            told = json.loads(read_text(latest.with_suffix(".json")))
+            after = max(files)
+            told = read_conditions(files[after])
             if kind != "arm":  # whose base or teacher it is must be the same for all
                 scored = RolloutStore(store_path(folder, _config(folder), "scored"))
                 told[kind] = scored.about_store.get("student" if kind == "base" else kind)
-            judged_as = {**told, **(judged_as or {})}
+            judged_as = {**told, **judged_as}
             for setting, value in told.items():
                 if judged_as[setting] != value:
                     raise InputError(
-                        f"models are compared on the same terms: {latest} has {setting} = {value!r}, another "
-                        f"{judged_as[setting]!r}; evaluate them alike, or report them apart"
+                        f"models are compared on the same terms: {files[after]} has {setting} = {value!r}, "
+                        f"another {judged_as[setting]!r}; evaluate them alike, or report them apart"
                     )
-            found.setdefault((kind, name if kind == "arm" else kind), read_answers(latest))
-    return found
+            found.setdefault((kind, name if kind == "arm" else kind), (after, read_answers(files[after])))
+    return found, judged_as
 
 
-def _judged(kind: str, name: str, records: Sequence[Answer]) -> Numbers:
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    named = [(file, pattern.fullmatch(file.name)) for file in sorted(folder.glob("*"))]
+    return [(file, match) for file, match in named if match]
+
+
+def _judged(kind: str, name: str, records: Sequence[Answer], after: int, updates: int | None) -> Numbers:
     samples = max(record.sample for record in records) + 1
     return {
         "kind": kind,
         "name": name,
+        "after": after if kind == "arm" else None,
+        "of_updates": updates if kind == "arm" else None,
         "problems": len({record.problem for record in records}),
         "samples": samples,
         "tokens": float(np.mean([record.tokens for record in records])),
         "truncated": float(np.mean([record.truncated for record in records])),
         **{
-            f"pass@{k}": dataclasses.asdict(mean_interval(list(by_problem(records, k).values())))
+            f"pass@{k}": dataclasses.asdict(share_interval(list(by_problem(records, k).values())))
             for k in sorted({1, samples})
         },
     }
 
 
-def _compared(runs: Sequence[Numbers], graded: dict[tuple[str, str], list[Answer]]) -> list[Numbers]:
-    """Paired differences: every arm against the base, and a gate against none where only it differs."""
+def _compared(runs: Sequence[Numbers], graded: Graded) -> list[Numbers]:
+    """Paired differences: every arm against the base, and a gate against none where only it differs.
+
+    Settings of a gate that is none, and of where a run is computed or what it logs, are no difference.
+    """
     settings = {run["name"]: run["settings"] for run in runs}
     pairs = [(("arm", name), ("base", "base")) for name in settings]
     for new in settings:
@@ -239,18 +283,20 @@ def _compared(runs: Sequence[Numbers], graded: dict[tuple[str, str], list[Answer
             differing = {
                 key
                 for key in settings[new]
-                if settings[new][key] != settings[old][key] and not key.startswith("log.")
+                if settings[new][key] != settings[old][key] and not key.startswith(("gate.", *INERT))
             }
-            if differing == {"gate.segments"} and settings[old]["gate.segments"] == "none":
+            gated, ungated = (settings[name]["gate.segments"] != "none" for name in (new, old))
+            if gated and not ungated and not differing and not settings[old]["weights.members"]:
                 pairs.append((("arm", new), ("arm", old)))
     compared = []
     for new_arm, old_arm in pairs:
         if new_arm not in graded or old_arm not in graded:
             continue
-        samples = max(record.sample for record in graded[new_arm]) + 1
+        (_, new_answers), (_, old_answers) = graded[new_arm], graded[old_arm]
+        samples = max(record.sample for record in new_answers) + 1
         row: Numbers = {"new": new_arm[1], "old": old_arm[1]}
         for k in sorted({1, samples}):
-            sides = by_problem(graded[new_arm], k), by_problem(graded[old_arm], k)
+            sides = by_problem(new_answers, k), by_problem(old_answers, k)
             row[f"pass@{k}"] = dataclasses.asdict(paired_difference(*sides))
         compared.append(row)
     return compared

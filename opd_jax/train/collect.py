@@ -76,7 +76,7 @@ def sample_round(run: Run, stop: Stop) -> None:
         done = {(rollout.problem, rollout.sample) for rollout in rollouts}
         left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
         patience = SECONDS if config.engine.kind == "server" else math.inf
-        for finished in _batches(_drawn(run, round_, left, stop), config.sampling.slots, patience):
+        for finished in batches(_drawn(run, round_, left, stop), config.sampling.slots, patience):
             first_alone(functools.partial(run.rollouts.append, finished, **made_by))
             rollouts += finished
             if stop():
@@ -92,16 +92,16 @@ def sample_round(run: Run, stop: Stop) -> None:
         )
 
 
-def _batches(drawn: Iterator[Rollout], size: int, patience: float) -> Iterator[list[Rollout]]:
-    """Rollouts ``size`` at a time, or those that came within so many seconds.
+def batches(drawn: Iterator[Found], size: int, patience: float) -> Iterator[list[Found]]:
+    """What is drawn ``size`` at a time, or what came within so many seconds.
 
     What was finished before an engine failed, or was interrupted, comes out first.
     """
-    batch: list[Rollout] = []
+    batch: list[Found] = []
     began = time.monotonic()
     try:
-        for rollout in drawn:
-            batch.append(rollout)
+        for one in drawn:
+            batch.append(one)
             if len(batch) == size or time.monotonic() - began > patience:
                 yield batch
                 batch, began = [], time.monotonic()

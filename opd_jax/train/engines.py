@@ -34,12 +34,7 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
     sampling, teacher = run.config.sampling, who == "teacher"
     model = run.teacher_model if teacher else run.model
     folder = run.teacher_folder if teacher else run.student_folder
-    for stop in sampling.stop_ids:
-        if not 0 <= stop < run.usable:
-            raise InputError(
-                f"a stop id must be in the vocabulary: sampling.stop_ids has {stop}, the tokenizer "
-                f"{run.usable} ids; correct it"
-            )
+    check_stop_ids(run)
     ends = (*read_stop_ids(folder), *sampling.stop_ids)
     sampler = make_sampler(
         model,
@@ -57,6 +52,20 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
     text = functools.partial(decode_response, run.tokenizer)
     find_stop = stop_finder(sampling.stop, text) if sampling.stop else None
     return JaxEngine(sampler, params, root, find_stop=find_stop)
+
+
+def check_stop_ids(run: Run) -> None:
+    """Refuse ids in ``sampling.stop_ids`` that no token has.
+
+    Raises:
+      InputError: one is outside the vocabulary.
+    """
+    for stop in run.config.sampling.stop_ids:
+        if not 0 <= stop < run.usable:
+            raise InputError(
+                f"a stop id must be in the vocabulary: sampling.stop_ids has {stop}, the tokenizer "
+                f"{run.usable} ids; correct it"
+            )
 
 
 def banned_ids(run: Run, ends: Sequence[int] | None = None) -> tuple[int, ...]:

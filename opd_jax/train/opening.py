@@ -16,6 +16,7 @@ from opd_jax.processes import first_alone
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import check_template, prompt_ids
 from opd_jax.train.choices import check_choices
+from opd_jax.train.engines import check_stop_ids
 from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run
 
@@ -101,6 +102,9 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
                 f"loss.{name} cannot exceed the vocabulary: got {getattr(config.loss, name)}, there are "
                 f"{vocabulary} ids; lower it"
             )
+    check_stop_ids(run)
+    if config.store.at:
+        _ = run.rollouts, run.scored
     check_template(run.tokenizer, config.problems)
     for problem in (*run.problems, *run.heldout):
         length = len(prompt_ids(run.tokenizer, problem.prompt, config.problems))
@@ -150,6 +154,8 @@ def exclusive(run: Run) -> Iterator[None]:
             yield
         finally:
             run.writing = False
+            # Its threads outlive what they were made for, and would speak up as the process ends.
+            vars(run).pop("checkpoints").close()
 
 
 def _lock(file: TextIO, folder: Path) -> None:

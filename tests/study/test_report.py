@@ -12,7 +12,7 @@ from opd_jax.evaluate import by_problem, read_answers
 from opd_jax.study.evaluation import answers_file, evaluate_run
 from opd_jax.study.plots import structure
 from opd_jax.study.report import write_report
-from opd_jax.study.summary import Summary
+from opd_jax.study.summary import PERCENTILES, Summary
 from opd_jax.train.loop import distill
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
@@ -44,8 +44,18 @@ def test_the_json_holds_what_the_run_wrote(page):
         assert told["rounds"][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in lines[4:]]))
         first = told["within_round"][0]
         assert (first["drift_max"], first["weight_min"], first["weight_max"]) == (0.0, 1.0, 1.0)
-        assert np.abs(first["drift_percentiles"]).max() <= 5e-4  # the width of the bin around zero
-        assert np.abs(np.array(first["weight_percentiles"]) - 1).max() <= 5e-4
+        assert set(first["drift_percentiles"]) == {0.0}  # none beyond what there was
+        assert set(first["weight_percentiles"]) == {1.0}
+        last = told["within_round"][-1]
+        assert np.all(np.diff(last["drift_percentiles"]) >= 0)
+        assert ("score_percentiles" in last) == (run is runs[1])
+        if run is runs[1]:
+            assert 0 < last["score_percentiles"][2] < last["score_percentiles"][4] <= last["drift_max"]
+        lengths = [len(rollout.response_ids) for rollout in run.rollouts.read(0)]
+        assert told["rounds"][0]["response_length"] == pytest.approx(np.mean(lengths), rel=1e-6)
+        norms = [line["gradient_norm"] for line in lines]
+        np.testing.assert_allclose(told["gradient_norm_percentiles"], np.percentile(norms, PERCENTILES))
+        assert not any(name.startswith("evaluation.") for name in told["settings"])
         rewards = [rollout.reward for rollout in run.rollouts.read(0)]
         assert told["rounds"][0]["reward"] == pytest.approx(np.mean(rewards))
         for name, stored in (("sampler_mismatch", "mismatch"), ("null_drift", "null_drift")):
@@ -63,6 +73,13 @@ def test_the_json_holds_what_the_run_wrote(page):
     assert by_name["arm-block"]["pass@1"]["mean"] == pytest.approx(
         np.mean(list(by_problem(records, 1).values()))
     )
+    assert {name: by_name[name]["after"] for name in by_name} == {
+        "base": None,
+        "arm-none": 8,
+        "arm-block": 8,
+    }
+    assert numbers["judged_as"]["temperature"] == 1.0
+    assert "At\nthe first update of a round" in html.read_text()
     pairs = {(c["new"], c["old"]) for c in numbers["compared"]}
     assert pairs == {("arm-none", "base"), ("arm-block", "base"), ("arm-block", "arm-none")}
 
@@ -128,7 +145,7 @@ def copied(run, where):
 
 def test_where_nothing_drifts_no_structure_is_drawn():
     empty = {name: {} for name in ("autocorrelation", "block_variance", "cancellation")}
-    drawn = structure(Summary([{"name": "still", "diagnosis": empty}], [], []))
+    drawn = structure(Summary([{"name": "still", "diagnosis": empty}], [], {}, []))
     assert "still" in drawn
     assert "<!-- o" not in drawn  # the marker, taken for data
     assert ">o-<" not in drawn
@@ -161,8 +178,53 @@ def test_what_was_judged_otherwise_is_not_compared(page, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "samples": 4}))
     with pytest.raises(InputError, match="samples = "):
         write_report(folders, tmp_path / "r.html")
-    with pytest.raises(InputError, match=r"name it \.html"):
-        write_report(folders, tmp_path / "r.json")
+    for name in ("r.json", "a/config.yaml"):
+        with pytest.raises(InputError, match=r"name it \.html"):
+            write_report(folders, tmp_path / name)
+    assert "seed:" in (folders[0] / "config.yaml").read_text()
+
+
+def change_config(folder, old, new):
+    file = folder / "config.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_settings_of_no_gate_keep_nobody_from_comparing(page, tmp_path):
+    folders = [copied(run, tmp_path / name) for run, name in zip(page[0], "ab", strict=True)]
+    change_config(folders[0], "block: 8", "block: 16")
+
+    def compared():
+        told = json.loads(write_report(folders, tmp_path / "r.html").with_suffix(".json").read_text())
+        return {(c["new"], c["old"]) for c in told["compared"]}
+
+    assert ("b", "a") in compared()
+    change_config(folders[0], "learning_rate: 0.003", "learning_rate: 0.002")
+    assert ("b", "a") not in compared()
+
+
+def test_a_score_is_that_of_the_update_it_was_taken_at(page, tmp_path):
+    folder = copied(page[0][0], tmp_path / "a")
+    for suffix in (".json", ".jsonl"):
+        (folder / "evaluation" / f"update-00008{suffix}").rename(
+            folder / "evaluation" / f"update-00004{suffix}"
+        )
+    (folder / "evaluation" / "update-best.jsonl").write_text("")  # a name of somebody's own
+    html = write_report([folder], tmp_path / "r.html")
+    [told] = [j for j in json.loads(html.with_suffix(".json").read_text())["judged"] if j["kind"] == "arm"]
+    assert (told["after"], told["of_updates"]) == (4, 8)
+    assert "4 of 8" in html.read_text()
+    for damaged in ("{", "[]"):
+        (folder / "evaluation" / "update-00004.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"update-00004\.json is none; remove .*evaluate again"):
+            write_report([folder], tmp_path / "r.html")
+
+
+def test_nobody_is_told_that_a_stale_round_begins_without_drift(page, tmp_path):
+    folder = copied(page[0][1], tmp_path / "a")
+    lines = (folder / "metrics.jsonl").read_text().replace('"drift_max": 0.0', '"drift_max": 0.5')
+    (folder / "metrics.jsonl").write_text(lines)
+    assert "the first update of a round" not in write_report([folder], tmp_path / "r.html").read_text()
 
 
 def test_updates_must_all_be_there(page, tmp_path):

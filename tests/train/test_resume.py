@@ -147,8 +147,8 @@ def test_what_servers_drew_is_stored_every_few_seconds(monkeypatch):
     clock = iter(range(0, 100, 2))  # seconds
     monkeypatch.setattr(collect.time, "monotonic", lambda: next(clock))
     rollouts = list(range(12))
-    assert list(collect._batches(iter(rollouts), 100, 5.0)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
-    assert list(collect._batches(iter(rollouts), 8, math.inf)) == [rollouts[:8], rollouts[8:]]
+    assert list(collect.batches(iter(rollouts), 100, 5.0)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert list(collect.batches(iter(rollouts), 8, math.inf)) == [rollouts[:8], rollouts[8:]]
 
 
 def test_accepted_rollouts_keep_saying_what_their_log_probs_are_of(whole, tmp_path):
