@@ -24,10 +24,14 @@ class Checkpoints:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"checkpoints must be a folder: {folder} is a file; restore the folder")
         self._folder = folder
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
+        self._left_overs = writing  # of saves that were cut short; another process may be writing one
+        self._checkpointer = self._open()
+
+    def _open(self, *, clear: bool = False) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            self._folder.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
-            cleanup_tmp_directories=writing,  # another process may be writing one
+            cleanup_tmp_directories=clear,
         )
 
     @property
@@ -45,6 +49,11 @@ class Checkpoints:
         update = int(state.update)
         if update != self.latest:
             with _said(self._folder / str(update)):
+                if self._left_overs:
+                    # Cleared in a thread that a save waits for and nothing else does: one that were begun when
+                    # opening would be cut off where a run is refused.
+                    self._checkpointer.close()
+                    self._checkpointer, self._left_overs = self._open(clear=True), False
                 self._checkpointer.save(update, vars(state))
 
     def restore(self, like: Any) -> TrainState:

@@ -276,3 +276,8 @@ def test_the_share_of_a_long_response_is_that_of_float64():
     got = compiled(iw_opd)(np.zeros_like(a), a, np.ones_like(a))
     before = np.cumsum(a, axis=1, dtype=np.float64) - a
     np.testing.assert_allclose(got, 1 + 0.5 * (1 - before / a.sum(dtype=np.float64)), atol=2e-6)
+
+
+def test_a_quantile_at_the_end_stops_nobody_who_debugs_with_nans():
+    with jax.debug_nans(True):
+        assert masked_quantile(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1, 1, 0]]), 1.0) == 2

@@ -1,11 +1,13 @@
 """Checkpoints that cannot be written: one line, and the one before stays."""
 
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from opd_jax.errors import InputError
 from opd_jax.train.checkpoint import Checkpoints
@@ -47,7 +49,25 @@ def test_other_errors_of_a_save_are_not_taken_for_a_full_disk(tmp_path, monkeypa
     def broken(*arguments):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(checkpoints._checkpointer, "save", broken)
+    monkeypatch.setattr(ocp.training.Checkpointer, "save", broken)
     with pytest.raises(ValueError, match="^a defect$"):
         checkpoints.save(state(1))
+    checkpoints.close()
+
+
+def test_what_a_kill_left_is_cleared_by_the_next_save_and_by_no_reader(tmp_path):
+    """At opening nothing is begun that a refusal would cut off."""
+    before = set(threading.enumerate())
+    left = tmp_path / "c" / "5.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "half").write_text("of it")
+    for writing in (False, True):
+        checkpoints = Checkpoints(tmp_path / "c", writing=writing)
+        assert checkpoints.latest is None
+        checkpoints.close()
+    assert left.exists()
+    assert not [thread for thread in set(threading.enumerate()) - before if "Signaling" in repr(thread)]
+    checkpoints = Checkpoints(tmp_path / "c", writing=True)
+    checkpoints.save(state(1))
+    assert sorted(x.name for x in (tmp_path / "c").iterdir()) == ["1"]
     checkpoints.close()
