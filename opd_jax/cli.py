@@ -16,7 +16,7 @@ from opd_jax.interrupt import Interrupted, Stop, stop_on_signal
 from opd_jax.processes import end_soon, join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
-NO_SETTINGS = ("report", "lab", "problems", "import")
+NO_SETTINGS = ("report", "lab", "problems", "import", "export")
 AT_ONCE = ("report", "plan", "problems", "import", "inspect")  # hold nothing that stopping could spare
 
 
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "Do the updates of the current round."),
     ):
         shared(command(name, help_)).add_argument("run", type=_path, help="run folder")
+    export = shared(command("export", "Write a run's student as it is now, for others to load.", settings=""))
+    export.add_argument("run", type=_path, help="run folder")
     evaluate = shared(
         command("evaluate", "Judge a run's model on held-out problems.", settings="evaluation.samples 16")
     )

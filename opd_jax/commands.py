@@ -117,13 +117,19 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
     print(f"report: {demo(arguments.run, config, train, judge_once)}")
 
 
-def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
-    settings = _settings(arguments, overrides)
-    if settings is not None and settings.model.residency == "sequential":
+def _opened(arguments: argparse.Namespace, overrides: Overrides) -> Run:
+    """The run, after a line on the peak of one whose models take turns."""
+    settings, saved = _settings(arguments, overrides), arguments.run / "config.yaml"
+    asked = settings or (load_config(saved) if saved.exists() else None)
+    if asked is not None and asked.model.residency == "sequential":
         from opd_jax.plan.command import peak_of
 
-        say(peak_of(Run(arguments.run, settings)))  # before anything is loaded
-    run = open_run(arguments.run, settings)
+        say(peak_of(Run(arguments.run, asked)))  # before anything is loaded
+    return open_run(arguments.run, settings)
+
+
+def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    run = _opened(arguments, overrides)
     say(str(run.kernel))
     with progress(run, arguments.run.name) as report:
         distill(run, report, stop)
@@ -131,8 +137,7 @@ def _distill(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) ->
 
 
 def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
-    run = open_run(arguments.run, _settings(arguments, overrides))
-    part = arguments.command
+    run, part = _opened(arguments, overrides), arguments.command
     if part == "train":
         with progress(run, arguments.run.name) as report:
             do_part(run, part, report, stop)
@@ -140,7 +145,16 @@ def _part(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
         do_part(run, part, lambda line: None, stop)
     done = {"sample": run.rollouts, "score": run.scored}.get(part)
     what = f"round {done.rounds[-1]} in {done.path}" if done else f"update {int(run.state.update)}"
-    say(f"{part}: {what}; next: {next_part(run)}")
+    following = next_part(run)
+    say(f"{part}: {what}; next: {following}")
+    if following == "done":
+        say(f"student: {export_student(run)}")
+
+
+def _export(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
+    if not (arguments.run / "config.yaml").exists():
+        raise InputError(f"export writes a run's student: {arguments.run} has no config.yaml; name a run")
+    say(f"student: {export_student(open_run(arguments.run))}")
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
@@ -240,6 +254,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Overrides, Stop], None]] = {
     "sample": _part,
     "score": _part,
     "train": _part,
+    "export": _export,
     "evaluate": _evaluate,
     "report": _report,
     "plan": _plan,

@@ -51,7 +51,8 @@ def join(asked: bool) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"a run of many processes needs them all: {reason}; start the others, or ask for one process"
+            f"a run of many processes needs them all: {reason}; start the others, or where no cluster says "
+            f"it set {ASKED}, {NUMBER} and {PLACE} for each"
         ) from None
     if jax.process_count() == 1 or (count and jax.process_count() != count):
         raise InputError(

@@ -326,5 +326,6 @@ def _what_splits(config: Config, name: str, count: int, ways: int) -> str:
         return f"a multiple of {ways}, or {mesh}"
     parts = config.schedule.minibatches * config.schedule.microbatches
     each = math.lcm(ways * parts, config.sampling.samples) // config.sampling.samples
+    each = math.lcm(each, config.schedule.minibatches)  # so that a prompt's rollouts may share a minibatch
     prompts = each * max(1, -(-config.sampling.prompts // each))
     return f"sampling.prompts {prompts}, or {mesh}"

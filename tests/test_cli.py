@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from opd_jax.cli import main
+from opd_jax.model import load_pretrained
 from opd_jax.rollout.storage import digest_of
 from tests.conftest import TINY, as_users_have_it
 from tests.rollout.test_store import rewrite_manifest
@@ -101,6 +105,22 @@ def test_a_store_of_another_student_is_refused(sampled, capsys):
     assert "a store belongs to one student" in line
     [named] = re.findall("--store.accept='(.*)'$", line)
     assert main(["score", str(sampled), f"--store.accept={named}"]) == 0
+
+
+def test_parts_say_the_peak_and_end_with_an_export(tmp_path, capsys):
+    run = tmp_path / "run"
+    once = ["--schedule.rounds=1", "--model.residency=sequential"]
+    assert main(["sample", str(run), *LAB, *once]) == 0
+    assert capsys.readouterr().out.startswith("peak: ")
+    for part in ("score", "train"):
+        assert main([part, str(run)]) == 0
+        assert capsys.readouterr().out.startswith("peak: ")
+    exported = load_pretrained(run / "student")[1]
+    shutil.rmtree(run / "student")
+    assert main(["export", str(run)]) == 0
+    assert capsys.readouterr().out == f"student: {run / 'student'}\n"
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(run / "student")[1], exported)
+    assert "export writes a run's student" in refused(capsys, "export", tmp_path / "none")
 
 
 def test_a_run_on_a_store_of_another_leaves_nothing(sampled, capsys):

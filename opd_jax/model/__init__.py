@@ -2,7 +2,7 @@
 
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import forward, hidden_states
-from opd_jax.model.hf_load import load_pretrained
+from opd_jax.model.hf_load import load_pretrained, weight_files
 from opd_jax.model.hf_save import save_pretrained
 from opd_jax.model.parameters import init_params, parameter_count, parameter_table
 from opd_jax.model.presets import preset
@@ -24,4 +24,5 @@ __all__ = [
     "save_pretrained",
     "token_logprobs",
     "top_k_logprobs",
+    "weight_files",
 ]

@@ -55,7 +55,7 @@ def config_from_json(path: Path) -> Qwen3Config:
     """
     try:
         published: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"a model folder must hold a readable config.json: {path} ({error}); "
             "name a folder in Hugging Face format"
@@ -64,6 +64,11 @@ def config_from_json(path: Path) -> Qwen3Config:
     rope = _rope(published, path)
     rope_type = rope.pop("rope_type")
     _refuse_what_is_not_computed(published, rope_type, path)
+    if rope_type == "default" and (unknown := sorted(rope.keys() - {"rope_theta"})):
+        raise InputError(
+            f"a plain rotary embedding has a base alone: {path} has {unknown[0]} = {rope[unknown[0]]!r}; "
+            "name its rope_type, or choose another checkpoint"
+        )
     values = dict(published)
     for name, found in (
         ("rope_theta", rope.pop("rope_theta")),
@@ -113,6 +118,8 @@ def _one_spelling(rope: dict[str, Any]) -> dict[str, Any]:
     said = {name: value for name, value in rope.items() if value is not None}
     rope_type = str(said.get("rope_type") or said.get("type") or "default")
     others = {name: value for name, value in said.items() if name not in ("rope_type", "type", "rope_theta")}
+    if others.get("partial_rotary_factor") == 1:  # the whole of a head, as here
+        del others["partial_rotary_factor"]
     return {"rope_type": rope_type, **others}
 
 
@@ -143,6 +150,7 @@ def _refuse_what_is_not_computed(published: dict[str, Any], rope_type: str, path
         "decoder_sparse_step": published.get("decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(published.get("mlp_only_layers")),
         "rope_type": rope_type not in ("default", "yarn"),
+        "partial_rotary_factor": published.get("partial_rotary_factor", 1) != 1,
     }
     for field, refused in unsupported.items():
         if refused:
@@ -165,7 +173,12 @@ def _yarn(rope: dict[str, Any], published: dict[str, Any], path: Path) -> Yarn:
             "correct it"
         )
     values = dict(rope)
-    values.setdefault("original_max_position_embeddings", published.get("max_position_embeddings"))
+    name = (
+        "original_max_position_embeddings"  # beside the group or in it; transformers reads the former first
+    )
+    spelled = {name: published.get(name), f"rope_scaling.{name}": rope.get(name)}
+    original = _agreed({where: found for where, found in spelled.items() if found is not None}, path)
+    values[name] = published.get("max_position_embeddings") if original is None else original
     if "factor" not in values:
         raise InputError(f"rope_scaling of type yarn must say factor: {path} does not; add it")
     return Yarn(**values)

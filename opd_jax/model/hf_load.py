@@ -7,6 +7,7 @@ Then each process reads the slices that its own shards need, one shard at a time
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -29,6 +30,7 @@ from opd_jax.model.config_json import config_from_json
 from opd_jax.model.hf import hf_shape, hf_tensors
 from opd_jax.model.parameters import Parameter, parameter_table
 from opd_jax.model.sharding import RULES, Rules, param_shardings
+from opd_jax.processes import first_alone
 from opd_jax.types import Params
 
 INDEX = "model.safetensors.index.json"
@@ -74,7 +76,7 @@ def load_pretrained(
         stored = _open(folder, stack)
         check_tensors(stored, table, folder, extra=_tied_head(config))
         if config.tie_word_embeddings and HEAD in stored:
-            _check_tied_head(stored, folder)
+            first_alone(functools.partial(_check_tied_head, stored, folder))
         # The largest come first, while memory is still empty around their copy on the host.
         largest_first = sorted(table, key=lambda name: math.prod(table[name].shape), reverse=True)
         flat = {
@@ -100,10 +102,9 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> Stored:
     """The tensors of a folder by name, none of them read yet."""
     index = folder / INDEX
     listed = _read_index(index) if index.exists() else None
-    files = sorted(set(listed.values())) if listed else sorted(file.name for file in _weight_files(folder))
     stored: dict[str, Any] = {}
     where: dict[str, str] = {}
-    for file in files:
+    for file in (path.name for path in weight_files(folder)):
         try:
             reader = stack.enter_context(safe_open(folder / file, framework="numpy"))
         except FileNotFoundError:
@@ -127,8 +128,16 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> Stored:
     return stored
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, in the order of their names: those of its index, where it has one.
+
+    Raises:
+      InputError: it has none, or its index is damaged.
+    """
+    index = folder / INDEX
+    if index.exists():
+        return [folder / file for file in sorted(set(_read_index(index).values()))]
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise InputError(f"a model folder must hold *.safetensors: {folder} has none; restore them")
     return files

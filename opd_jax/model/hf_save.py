@@ -11,9 +11,9 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,13 @@ Table = Mapping[tuple[str, ...], Parameter]
 Arrays = Mapping[tuple[str, ...], Any]  # by the paths of a table
 
 
+@runtime_checkable
+class InTurn(Protocol):
+    """A stack whose layers are made one by one as they are written; with shape and dtype, as an array has."""
+
+    def layer(self, index: int) -> jax.Array: ...
+
+
 class Tensor(NamedTuple):
     """A checkpoint tensor to be written."""
 
@@ -58,6 +65,7 @@ def save_pretrained(
     *,
     shard_bytes: int = 5 * 10**9,
     beside: Iterable[Path] = (),
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write a folder that transformers, vLLM and `load_pretrained` read.
 
@@ -71,8 +79,8 @@ def save_pretrained(
       params: parameters, written in their own dtype.
       shard_bytes: weights above it are split into files of at most so many bytes, with an index.
       beside: files to copy into the folder, such as a tokenizer's; those that are not there are passed
-        by. A ``generation_config.json`` among them stands for the one written otherwise, which has the
-        end-of-text token alone.
+        by. A ``generation_config.json`` among them stands for the one written otherwise.
+      stop_ids: that end a response, for the one written otherwise; by default the end-of-text token alone.
 
     Raises:
       InputError: ``params`` are not those of ``config``, or the folder cannot be replaced.
@@ -92,7 +100,9 @@ def save_pretrained(
                     shutil.copyfile(file, new / file.name)
             (new / "config.json").write_text(config_to_json(config, str(flat[("embed",)].dtype)))
             if not (new / "generation_config.json").exists():
-                generation = json.dumps({"eos_token_id": config.eos_token_id}, indent=2) + "\n"
+                ends = list(stop_ids) or [config.eos_token_id]
+                said = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+                generation = json.dumps(said, indent=2) + "\n"
                 (new / "generation_config.json").write_text(generation)
             _write(new, _split(table, flat, shard_bytes), values)
 
@@ -142,12 +152,17 @@ def host_tensors(table: Table, flat: Arrays) -> Iterator[np.ndarray]:
 
 def _on_host(value: Any, layer: int | None) -> np.ndarray:
     """One layer of a stack, or the whole of what is none."""
+    if isinstance(value, InTurn):
+        part = value.layer(layer or 0)
+        return np.asarray(part) if part.is_fully_addressable else _gathered(part)
     if not isinstance(value, jax.Array):
         return np.asarray(value if layer is None else value[layer])
     # A new array each time, because a jax.Array keeps its copy on the host for as long as it lives.
     part = jnp.copy(value) if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-    if part.is_fully_addressable:
-        return np.asarray(part)
+    return np.asarray(part) if part.is_fully_addressable else _gathered(part)
+
+
+def _gathered(part: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(part, tiled=True)
 
 

@@ -146,23 +146,59 @@ def merge_lora(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
 
     One parameter is merged at a time, layer by layer; an adapter already among ``params`` is left out.
     """
+    merged = merged_in_turn(params, lora_params, lora)
+    layers = dict(merged["layers"])
+    for target in lora.targets:
+        stack = layers[target]
+        out = getattr(stack.weight, "sharding", None)
+        merge = jax.jit(functools.partial(_merge, scale=lora.scale), out_shardings=out)
+        layers[target] = merge(stack.weight, stack.a, stack.b)
+    return {**merged, "layers": layers}
+
+
+def merged_in_turn(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
+    """`merge_lora` without a second copy of the weights: a layer of a stack is merged when asked for."""
     layers = {name: value for name, value in params["layers"].items() if name != "lora"}
     for target in lora.targets:
-        weight, adapter = layers[target], lora_params["layers"]["lora"][target]
-        merge = functools.partial(_merge, scale=lora.scale)
-        out = getattr(weight, "sharding", None)
-        layers[target] = jax.jit(merge, out_shardings=out)(weight, adapter["a"], adapter["b"])
+        adapter = lora_params["layers"]["lora"][target]
+        layers[target] = MergedStack(layers[target], adapter["a"], adapter["b"], lora.scale)
     return {**params, "layers": layers}
 
 
-def _merge(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
-    def layer(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        weight, a, b = (part.astype(jnp.float32) for part in parts)
-        # A TPU would otherwise multiply in bfloat16.
-        delta = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
-        return (weight + scale * delta).astype(parts[0].dtype)
+@dataclasses.dataclass(frozen=True)
+class MergedStack:
+    """A stack of layers with an adapter merged in, none of them kept."""
 
-    return jax.lax.map(layer, (weight, a, b))
+    weight: Any
+    a: Any
+    b: Any
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def layer(self, index: int) -> jax.Array:
+        parts = (
+            jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.weight, self.a, self.b)
+        )
+        return _merge_layer(*parts, scale=self.scale)
+
+
+def _merge(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
+    return jax.lax.map(lambda parts: _merge_layer(*parts, scale=scale), (weight, a, b))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _merge_layer(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
+    # A TPU would otherwise multiply in bfloat16.
+    exact = jax.lax.Precision.HIGHEST
+    delta = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), axes=1, precision=exact)
+    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
 
 
 def save_adapter(

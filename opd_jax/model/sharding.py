@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -79,6 +80,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *,
     except NotImplementedError:  # an axis is smaller than the torus it would lie on
         laid_out = create_device_mesh(shape, chosen, allow_split_physical_axes=True)
         return Mesh(laid_out, MESH_AXES, axis_types=kinds)
+    except AssertionError:  # a part of the torus that is no block of it
+        return Mesh(np.asarray(chosen).reshape(shape), MESH_AXES, axis_types=kinds)
 
 
 def partition(*axes: str, rules: Rules = RULES) -> PartitionSpec:

@@ -2,6 +2,8 @@
 
 Collectives exist only after partitioning, so they are counted in the compiled text: what each device
 receives of one, times the trips of the loops around it. Loops whose length only the data knows count once.
+A TPU's compiler splits one that runs beside other work into fusions that begin it, go on with it and end it,
+each with a copy of its line: that is one collective.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -20,15 +23,25 @@ _COLLECTIVE = re.compile(
 )
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=\d+")  # which collectives of shard_map have in common
+_ORIGIN = re.compile(r'op_name="[^"]*"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"s32\[\][^=]* constant\((\d+)\)")
 
 
+class _Collective(NamedTuple):
+    kind: str
+    size: int  # bytes that a device receives
+    place: str  # the line that it stands in
+    identity: str  # what its copies have in common
+
+
 @dataclasses.dataclass
 class _Computation:
-    own: Counter[str] = dataclasses.field(default_factory=Counter)  # kind -> bytes
+    own: list[_Collective] = dataclasses.field(default_factory=list)
+    parts: list[str] = dataclasses.field(default_factory=list)  # fusions and branches: of this computation
     calls: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # callee, times
     constants: list[int] = dataclasses.field(default_factory=list)
     conjunction: bool = False  # of a loop's condition: it may also end for another reason
@@ -45,8 +58,11 @@ def collective_bytes(text: str) -> dict[str, int]:
 
     def total(name: str) -> Counter[str]:
         if name not in whole:
-            found = Counter(computations[name].own)
-            for callee, times in computations[name].calls:
+            found: Counter[str] = Counter()
+            own, calls = _with_parts(computations, name)
+            for collective in own.values():
+                found[collective.kind] += collective.size
+            for callee, times in calls:
                 for kind, size in total(callee).items():
                     found[kind] += times * size
             whole[name] = found
@@ -55,11 +71,25 @@ def collective_bytes(text: str) -> dict[str, int]:
     return dict(total(entry))
 
 
+def _with_parts(
+    computations: dict[str, _Computation], name: str, *, part: bool = False
+) -> tuple[dict[str, _Collective], list[tuple[str, int]]]:
+    """The collectives and calls of a computation, those of its fusions among them."""
+    here = computations[name]
+    own = {one.identity if part else one.place: one for one in here.own}
+    calls = list(here.calls)
+    for inner in dict.fromkeys(here.parts):
+        more, further = _with_parts(computations, inner, part=True)
+        own |= more
+        calls += further
+    return own, calls
+
+
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     loops: list[tuple[_Computation, str, str, int | None]] = []
     entry, current = "", _Computation()
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines()):
         head = _COMPUTATION.match(line)
         if head:
             current = computations[head[2]] = _Computation()
@@ -69,14 +99,21 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         current.constants += [int(number) for number in _CONSTANT.findall(line)]
         collective = _COLLECTIVE.search(line)
         if collective:
-            current.own[collective["kind"]] += _received(line, collective)
+            kind, size, place = collective["kind"], _received(line, collective), f"line {number}"
+            channel, origin = _CHANNEL.search(line), _ORIGIN.search(line)
+            said = [kind, *_SHAPE.findall(collective["shape"]), channel and channel[0], origin and origin[0]]
+            # What has no channel is told apart by where it stands.
+            current.own.append(_Collective(kind, size, place, str(said) if channel else place))
         loop = _WHILE.search(line)
         if loop:
             trips = _TRIPS.search(line)
             loops.append((current, loop[1], loop[2], int(trips[1]) if trips else None))
-        current.calls += [(name, 1) for name in _CALLED.findall(line)]
+        if " call(" in line:  # as often as it is called
+            current.calls += [(name, 1) for name in _CALLED.findall(line)]
+        else:
+            current.parts += _CALLED.findall(line)
         for names in _BRANCHES.findall(line):
-            current.calls += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
+            current.parts += [name.strip().lstrip("%") for name in names.split(",")]
     for caller, condition, body, known in loops:
         # A counted loop compares its counter with the one constant of its condition.
         ends = computations[condition]

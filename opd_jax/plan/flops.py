@@ -14,6 +14,10 @@ from typing import Any
 
 import jax
 
+from opd_jax.model.sharding import RULES
+
+_EXPERTS = RULES["experts"]
+
 
 def program_flops(function: Callable[..., Any], *args: Any) -> int:
     """Matrix-product FLOPs of one call over all devices; a multiply and an add are two.
@@ -25,19 +29,19 @@ def program_flops(function: Callable[..., Any], *args: Any) -> int:
       function: what is called; may be jitted, may hold shard_map, scan, remat and custom derivatives.
       args: arrays or ShapeDtypeStructs.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
 
-def _jaxpr_flops(jaxpr: Any) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _jaxpr_flops(jaxpr: Any, expert_ways: int) -> int:
+    return sum(_equation_flops(equation, expert_ways) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation: Any) -> int:
+def _equation_flops(equation: Any, expert_ways: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_flops(equation)
     if name in ("ragged_dot", "ragged_dot_general"):
-        return _ragged_dot_flops(equation)
+        return _ragged_dot_flops(equation, expert_ways)
     if name == "pallas_call":
         return _splash_flops(equation)
     if name in _CUDNN_PRODUCTS:
@@ -48,13 +52,13 @@ def _equation_flops(equation: Any) -> int:
             f"operations of {name}{f' ({called})' if called else ''} are not known; count them in plan.flops"
         )
     if name == "cond":
-        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+        return max(_jaxpr_flops(branch.jaxpr, expert_ways) for branch in params["branches"])
     times = 1
     if name == "scan":
         times = params["length"]
     elif name == "shard_map":
-        times = math.prod(params["mesh"].shape.values())
-    return times * sum(_jaxpr_flops(inner) for inner in _inner(params))
+        times, expert_ways = math.prod(params["mesh"].shape.values()), params["mesh"].shape.get(_EXPERTS, 1)
+    return times * sum(_jaxpr_flops(inner, expert_ways) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
@@ -76,13 +80,17 @@ def _dot_flops(equation: Any) -> int:
     return 2 * math.prod(left) * math.prod(right) // (shared * batched)
 
 
-def _ragged_dot_flops(equation: Any) -> int:
-    """Of the rows that are there, each through one expert; in the backward pass the same number again."""
+def _ragged_dot_flops(equation: Any, expert_ways: int) -> int:
+    """Of the rows that are served, each through one expert.
+
+    A device is given the rows of all that share an expert axis, and serves its part of them. The gradient in
+    the weights is compiled as a dense product for every expert of the device, and is counted like that.
+    """
     left, right = (variable.aval.shape for variable in equation.invars[:2])
     out = equation.outvars[0].aval.shape
     if len(right) == 3:  # [m, k] x [E, k, n] -> [m, n]
-        return 2 * math.prod(left) * out[-1]
-    return 2 * math.prod(left) * right[-1]  # [m, k] x [m, n] -> [E, k, n]
+        return 2 * math.prod(left) * out[-1] // expert_ways
+    return 2 * math.prod(left) * right[-1] * out[0]  # [m, k] x [m, n] -> [E, k, n]
 
 
 # What computes products that its equation does not show.

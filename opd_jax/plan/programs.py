@@ -71,6 +71,7 @@ def compile_programs(
     state = abstract_state(trained, optimizer, shardings)
     frozen = _placed(table, student, mesh, compute) if adapter else {}
     policy = on_top(frozen, state.params)
+    elsewhere = bool(config.engine.teacher_urls)  # servers hold the teacher
     taught = _placed(parameter_table(teacher), teacher, mesh, compute, teacher_rules(config))
     extras = stored_extras(config)
     # An adapter stands on the student before training, which is then there already.
@@ -78,7 +79,7 @@ def compile_programs(
     kinds = {
         "student": bytes_on_device((state.params, frozen)),
         "optimizer": bytes_on_device((state.opt_state, state.update)),
-        "teacher": bytes_on_device(taught),
+        "teacher": 0 if elsewhere else bytes_on_device(taught),
         **({"base": bytes_on_device(base)} if base else {}),
     }
 
@@ -138,19 +139,22 @@ def compile_programs(
     if base:
         reads_base = {"base": kinds["base"]}
         more.append(_compile("score reference", score, (base, part), reads_base, beside("base"), mesh))
+    drawn_here, taught_here = [], []
+    if config.engine.kind == "jax":
+        steps = (policy, slots, empty, count, count)
+        drawn_here = [
+            _compile("prefill", sampler.fill, (policy, slots, group), drawing, beside("student"), mesh),
+            _compile("sample", sampler.advance, steps, drawing, beside("student"), mesh),
+        ]
+    if not elsewhere:
+        taught_here = [
+            _compile("score teacher", topk, (taught, part), reads_teacher, beside("teacher"), mesh)
+        ]
     return [
-        _compile("prefill", sampler.fill, (policy, slots, group), drawing, beside("student"), mesh),
-        _compile(
-            "sample",
-            sampler.advance,
-            (policy, slots, empty, count, count),
-            drawing,
-            beside("student"),
-            mesh,
-        ),
+        *drawn_here,
         _compile("score old", score, (policy, part), read, beside("student"), mesh),
         *more,
-        _compile("score teacher", topk, (taught, part), reads_teacher, beside("teacher"), mesh),
+        *taught_here,
         _compile(
             "train",
             step,

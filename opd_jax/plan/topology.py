@@ -32,7 +32,12 @@ def devices_of(topology: str) -> list[Any]:
     """
     if topology == "local":
         return list(jax.devices())
+    if not topology:
+        raise InputError(
+            "a topology must have a name: got an empty one; use local, or v5e:16x16, for example"
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU's metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # which share no TPU, for there is none
     from jax.experimental import topologies
 
     try:

@@ -50,8 +50,8 @@ class Checkpoints:
         if update != self.latest:
             with _said(self._folder / str(update)):
                 if self._left_overs:
-                    # Cleared in a thread that a save waits for and nothing else does: one that were begun when
-                    # opening would be cut off where a run is refused.
+                    # Cleared in a thread that saving waits for, and nothing else does: begun when opening, it
+                    # would be cut off where a run is refused.
                     self._checkpointer.close()
                     self._checkpointer, self._left_overs = self._open(clear=True), False
                 self._checkpointer.save(update, vars(state))

@@ -13,14 +13,23 @@ import numpy as np
 from flax import traverse_util
 
 from opd_jax.files import sha256
+from opd_jax.model import weight_files
+from opd_jax.processes import first_alone
 from opd_jax.tasks import Problem
 from opd_jax.types import Params
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 over a model's config and weights: which student, which teacher."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    """SHA-256 over a model's config and weights: which student, which teacher.
+
+    Of many processes the first reads them for all.
+    """
+
+    def digest() -> str:
+        files = [folder / "config.json", *weight_files(folder)]
+        return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+    return first_alone(digest)
 
 
 def params_digest(params: Params) -> str:

@@ -91,9 +91,12 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
     run = Run(folder, config)
     _ = run._table
     # All that a run needs is read before its folder is made: one that cannot begin leaves nothing.
-    _ = run.teacher
-    if config.model.residency == "sequential":
-        del run.teacher
+    if config.engine.teacher_urls:  # which hold it; here is no room for it
+        _ = run.teacher_model
+    else:
+        _ = run.teacher
+        if config.model.residency == "sequential":
+            del run.teacher
     _ = run.base
     vocabulary = min(run.usable, run.model.vocab_size, run.teacher_model.vocab_size)
     for name in ("top_k", "student_k"):

@@ -10,6 +10,7 @@ step, forward and backward, and what the functions of one device's part take and
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from opd_jax.config import Config
 from opd_jax.model import parameter_table, preset, token_logprobs
 from opd_jax.model.sharding import MESH_AXES, partition
 from opd_jax.plan.programs import abstract_batch
+from opd_jax.rollout.slots import Group, make_sampler
 from opd_jax.settings import load_config
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import abstract_state, make_train_step, state_shardings
@@ -87,7 +89,41 @@ def _activations(
                 note("taken", variable, spec)
             for variable, spec in zip(equation.outvars, equation.params["out_specs"], strict=True):
                 note("given", variable, spec)
-    return list(found)
+    return [*found, *_counted(case, config, state, batch, forward, mesh)]
+
+
+def _counted(case: Case, config: Config, state: Any, batch: Any, forward: Any, mesh: Any) -> list[str]:
+    """How often each thing is pinned in one reading of a row, of prompts, and of a token."""
+    sampler = make_sampler(
+        preset(case.model),
+        slots=case.rows,
+        max_prompt=LENGTH,
+        max_response=LENGTH,
+        temperature=1.0,
+        top_p=0.9,
+        usable=preset(case.model).vocab_size,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        slots = jax.eval_shape(sampler.begin)
+        each = jax.ShapeDtypeStruct((sampler.group,), np.int32)
+        prompts = jax.ShapeDtypeStruct((sampler.group, LENGTH), np.int32)
+        roots = jax.ShapeDtypeStruct((sampler.group, 2), np.uint32)
+        group = Group(prompts, each, each, each, each, each, roots)
+        flags, count = jax.ShapeDtypeStruct((case.rows,), bool), jax.ShapeDtypeStruct((), np.int32)
+        programs = {
+            "forward": forward,
+            "prefill": jax.make_jaxpr(sampler.fill)(state.params, slots, group),
+            "a token": jax.make_jaxpr(sampler.advance)(state.params, slots, flags, count, count),
+        }
+    lines = []
+    for name, program in programs.items():
+        pinned = Counter(
+            _line(equation.invars[0].aval.shape, NamedSharding(mesh, equation.params["sharding"].spec))
+            for equation in _equations(program.jaxpr)
+            if equation.primitive.name == "sharding_constraint"
+        )
+        lines += [f"{name}: {times} x {line}" for line, times in pinned.items()]
+    return lines
 
 
 def _equations(jaxpr: Any) -> Any:

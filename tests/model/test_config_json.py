@@ -120,6 +120,30 @@ def test_rotary_fields_that_contradict_each_other_are_refused(read, fields, word
 
 
 @pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "has full_attention = "),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            "= 64 and rope_scaling.original_max",
+        ),
+    ],
+)
+def test_rotary_fields_that_are_not_computed_are_refused(read, fields, words):
+    with pytest.raises(InputError, match=words) as caught:
+        read(**fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deeply_nested_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="readable config.json"):
+        config_from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
     ("fields", "yarn"),
     [
         ({"rope_parameters": PLAIN}, None),
@@ -129,6 +153,11 @@ def test_rotary_fields_that_contradict_each_other_are_refused(read, fields, word
         ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6, **YARN}}, Yarn(4.0, 32_768)),
         ({"rope_scaling": YARN, "rope_parameters": {**YARN, "mscale": None}}, Yarn(4.0, 32_768)),
         ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, **YARN}}, Yarn(4.0, 32_768)),
+        ({"partial_rotary_factor": 1.0}, None),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
+            Yarn(4.0, 64),
+        ),
     ],
 )
 def test_rotary_fields_that_agree_are_read(read, fields, yarn):

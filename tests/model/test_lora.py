@@ -27,6 +27,7 @@ from opd_jax.model.lora import (
     lora_delta,
     lora_table,
     merge_lora,
+    merged_in_turn,
     save_adapter,
 )
 
@@ -131,8 +132,11 @@ def test_sharded_weights_stay_where_they_are(small, adapter):
 def test_a_merged_export_has_no_adapter_and_another_opinion(tmp_path, small, adapter):
     config, params = small
     both = {**params, "layers": {**params["layers"], **adapter["layers"]}}
-    save_pretrained(tmp_path, config, merge_lora(both, both, LORA))
-    _, loaded = load_pretrained(tmp_path)
+    save_pretrained(tmp_path / "in turn", config, merged_in_turn(both, both, LORA))
+    save_pretrained(tmp_path / "whole", config, merge_lora(both, both, LORA))
+    file = "model.safetensors"
+    assert (tmp_path / "in turn" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    _, loaded = load_pretrained(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, loaded, merge_lora(params, adapter, LORA))
 
 

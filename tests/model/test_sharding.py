@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import InputError
 from opd_jax.model import Qwen3Config, init_params, make_mesh, param_shardings, token_logprobs
+from opd_jax.model.moe import routing_readings
 from opd_jax.model.sharding import RULES, SPREAD, batch_sharding, partition
+from opd_jax.model.vocab import readout
 from opd_jax.rollout import make_rows
 
 
@@ -120,3 +122,27 @@ def test_a_model_that_is_only_read_may_be_spread_over_data_too(config):
     assert share["own"] > 0.5
     assert share["spread"] < 0.3 * share["own"]
     assert memory.temp_size_in_bytes < 0.2 * whole
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2), (1, 1, 1, 8)], ids=str)
+def test_a_router_says_the_same_on_a_mesh_and_whatever_the_padding(shape):
+    params = init_params(MIXTURE, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    prompts, responses = [rng.integers(40, size=3)] * 8, [rng.integers(40, size=n) for n in range(2, 10)]
+
+    def told(mesh, width):
+        rows = make_rows(prompts, responses, width)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, param_shardings(MIXTURE, mesh))
+            split = jax.device_put(rows, batch_sharding(mesh))
+            read = jax.jit(
+                lambda params, rows: readout(params, rows, rows.targets[..., None], MIXTURE).routing
+            )
+            return jax.device_get(routing_readings(read(placed, split)))
+
+    want = told(make_mesh(), 12)
+    assert want["router_imbalance"][0] > 0
+    assert int(want["router_entropy"][1]) == sum(3 + len(response) - 1 for response in responses)
+    for got in (told(make_mesh(*shape), 12), told(make_mesh(*shape), 19)):
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)

@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax.model import hidden_states, init_params, make_mesh, token_logprobs
 from opd_jax.model.attention import attention, causal_mask, cudnn_attention
+from opd_jax.model.moe import experts
 from opd_jax.model.splash import splash_attention
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
 from opd_jax.types import Rows
-from tests.model.test_sharding import DENSE
+from tests.model.test_sharding import DENSE, MIXTURE
 
 
 def abstract(*shape, dtype=jnp.float32):
@@ -235,3 +236,48 @@ def test_traffic_of_a_loop_is_that_of_the_loop_written_out(layers):
     # Of 8 x 8 floats each of four devices lacks three quarters; of a sum over two, each half goes twice.
     want = {"all-gather": layers * 8 * 8 * 4 * 3 // 4, "all-reduce": layers * 2 * (2 * 8 * 4) // 2}
     assert counts == [want, want]
+
+
+def test_one_collective_in_several_fusions_is_one_and_comes_with_every_trip():
+    """As a TPU's compiler writes one that runs beside other work, in a loop of five."""
+
+    def gather(channel, shape="f32[8,8]"):
+        groups = f"channel_id={channel}, replica_groups=[1,4]<=[4], dimensions={{0}}"
+        return f"  %g = {shape}{{1,0}} all-gather(%p), {groups}"
+
+    fused = [f"%{name} (p: f32[2,8]) -> f32[8,8] {{\n{gather(7)}\n}}\n" for name in ("start", "step", "done")]
+    body = "%body (p: f32[2,8]) -> f32[2,8] {\n" + "".join(
+        f"  %{name} = f32[8,8] fusion(%p), kind=kCustom, calls=%{name}\n"
+        for name in ("start", "step", "done")
+    )
+    ends = "%ends (p: s32[]) -> pred[] {\n  %c = s32[] constant(5)\n}\n"
+    entry = (
+        "ENTRY %main (p: f32[2,8]) -> f32[8,8] {\n"
+        "  %w = f32[2,8] while(%p), condition=%ends, body=%body\n"
+        + gather(8, "f32[4,8]")
+        + "\n"
+        + gather(8, "f32[4,8]").replace("%g", "%h")  # of one channel, as those of shard_map are, and another
+        + "\n  %a = f32[8,8] fusion(%p), kind=kCustom, calls=%start\n"
+        + "  %b = f32[8,8] call(%p), to_apply=%done\n}\n"
+    )
+    text = "".join(fused) + body + gather(9, "f32[16,8]") + "\n}\n" + ends + entry
+    once = 8 * 8 * 4 * 3 // 4
+    # Five trips of the split one and of one twice its size; in main two of half, one fused, one called.
+    assert collective_bytes(text) == {"all-gather": 5 * (once + 2 * once) + 2 * (once // 2) + once + once}
+
+
+@pytest.mark.parametrize("ways", [1, 2, 8])
+def test_products_of_experts_are_those_of_the_rows_that_a_device_serves(ways):
+    mesh = make_mesh(1, 8 // ways, 1, expert=ways)
+    config = dataclasses.replace(MIXTURE, remat="none")
+    layer = {
+        "router": abstract(config.hidden_size, 8),
+        "expert_gate": abstract(8, config.hidden_size, config.moe_intermediate_size),
+        "expert_up": abstract(8, config.hidden_size, config.moe_intermediate_size),
+        "expert_down": abstract(8, config.moe_intermediate_size, config.hidden_size),
+    }
+    x, valid = abstract(8, 16, config.hidden_size), abstract(8, 16, dtype=jnp.bool_)
+    with jax.set_mesh(mesh):
+        got = program_flops(lambda *a: experts(*a, config)[0], x, layer, valid)
+    each = 2 * config.hidden_size * config.moe_intermediate_size
+    assert got == 8 * 16 * (3 * config.num_experts_per_tok * each + 2 * config.hidden_size * 8)

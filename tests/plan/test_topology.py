@@ -23,7 +23,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("topology", "axes"), [("v5e:4x4", {"fsdp": 8, "tensor": 2}), ("v5p:8x8x8", {"fsdp": 128, "tensor": 4})]
+    ("topology", "axes"),
+    [
+        ("v5e:4x4", {"fsdp": 8, "tensor": 2}),
+        ("v5p:8x8x8", {"fsdp": 128, "tensor": 4}),
+        ("v5e:4x4", {"fsdp": 3, "tensor": 2}),  # no block of the torus
+    ],
 )
 def test_a_mesh_may_split_an_axis_of_the_torus(topology, axes):
     mesh = make_mesh(**axes, devices=devices_of(topology))

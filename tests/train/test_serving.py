@@ -9,6 +9,7 @@ import pytest
 from opd_jax.errors import InputError
 from opd_jax.keys import stream
 from opd_jax.model import load_pretrained
+from opd_jax.plan.programs import compile_programs
 from opd_jax.rollout.rows import gather, make_rows
 from opd_jax.rollout.score import columns_of, make_scorer, make_topk_scorer, mismatch, rows_of
 from opd_jax.train import collect, scoring, serving
@@ -16,6 +17,7 @@ from opd_jax.train.choices import check_choices
 from opd_jax.train.engines import engine_of
 from opd_jax.train.loop import do_part
 from opd_jax.train.opening import open_run
+from opd_jax.train.run import Run
 from opd_jax.train.serving import probe_of, server_engine, teacher_by_servers
 from tests.conftest import tiny_config
 from tests.rollout.fake_server import FakeServer
@@ -190,3 +192,17 @@ def test_a_server_with_another_model_draws_nothing_for_a_run(tmp_path):
             do_part(run, "sample", ignore, never)
     assert server.seen[1][1]["kwargs"]["weights_path"] == str((tmp_path / "run" / "policy").resolve())
     assert run.rollouts.rounds == []
+
+
+def test_a_teacher_on_servers_is_not_loaded_here(tmp_path, monkeypatch):
+    asked = []
+    load = Run._load
+    monkeypatch.setattr(
+        Run, "_load", lambda self, folder, *a: (asked.append(folder), load(self, folder, *a))[1]
+    )
+    run = open_run(tmp_path / "run", tiny_config(TEACHER, "--loss.top_k=4"))
+    assert asked == [run.student_folder]
+    assert "teacher" not in vars(run)
+    programs = compile_programs(run.config, run.model, run.teacher_model, run.mesh, run.usable)
+    assert "score teacher" not in [program.name for program in programs]
+    assert all(program.beside.get("teacher", 0) == 0 for program in programs)
