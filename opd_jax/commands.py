@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -105,14 +106,28 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
                 "or use opd distill"
             )
 
+    failed = threading.Event()  # an arm has, and the others need not go on
+
+    def halt() -> bool:
+        return stop() or failed.is_set()
+
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            failed.set()
+            raise
+
     def judge_once(run: Run, who: Who, label: str) -> None:
         if not is_judged(run, who):
-            judge(run, who, label, stop)
+            with told():
+                judge(run, who, label, halt)
 
     def train(run: Run, label: str) -> None:
         if next_part(run) != "done":
-            with progress(run, label) as report:
-                distill(run, report, stop)
+            with told(), progress(run, label) as report:
+                distill(run, report, halt)
 
     print(f"report: {demo(arguments.run, config, train, judge_once)}")
 

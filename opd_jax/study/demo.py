@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from opd_jax.config import Config
+from opd_jax.interrupt import Interrupted
 from opd_jax.study.evaluation import Who
 from opd_jax.study.report import write_report
 from opd_jax.train.loop import export_student
@@ -45,7 +49,7 @@ def demo(
     train: Callable[[Run, str], None],
     judge: Callable[[Run, Who, str], None],
 ) -> Path:
-    """Train every arm, judge base and arms, and write the report.
+    """Train every arm, judge base and arms, and write the report; the arms at once.
 
     Args:
       folder: gets a run folder per arm, ``report.html`` and ``report.json``.
@@ -59,8 +63,24 @@ def demo(
     runs = {name: open_run(folder / name, arm) for name, arm in arms(config).items()}
     first = next(iter(runs.values()))
     judge(first, "base", "base")
-    for name, run in runs.items():
-        train(run, name)
-        export_student(run)
-        judge(run, "student", name)
+
+    def arm(name: str) -> None:
+        train(runs[name], name)
+        export_student(runs[name])
+        judge(runs[name], "student", name)
+
+    _at_once(arm, list(runs))
     return write_report([run.folder for run in runs.values()], folder / "report.html")
+
+
+def _at_once(act: Callable[[str], None], names: list[str]) -> None:
+    """Do something for every arm at the same time: one arm of small models leaves a machine's cores idle.
+
+    Many processes would have to agree on what comes first, and take one arm after another.
+    """
+    with ThreadPoolExecutor(len(names) if jax.process_count() == 1 else 1) as pool:
+        done = [pool.submit(act, name) for name in names]
+    failed = [error for future in done if (error := future.exception())]
+    # An arm that failed may have made the others stop: it is the one to hear of.
+    for error in sorted(failed, key=lambda error: isinstance(error, Interrupted)):
+        raise error

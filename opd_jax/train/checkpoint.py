@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 from opd_jax.errors import InputError
 from opd_jax.train.step import TrainState
+
+# Orbax numbers its operations for the whole process: of runs that go on at once, one saves at a time.
+_one_at_a_time = threading.RLock()
 
 KEEP = 2  # checkpoints; a save that is cut short leaves the one before it whole
 
@@ -28,11 +32,12 @@ class Checkpoints:
         self._checkpointer = self._open()
 
     def _open(self, *, clear: bool = False) -> ocp.training.Checkpointer:
-        return ocp.training.Checkpointer(
-            self._folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
-            cleanup_tmp_directories=clear,
-        )
+        with _one_at_a_time:
+            return ocp.training.Checkpointer(
+                self._folder.absolute(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+                cleanup_tmp_directories=clear,
+            )
 
     @property
     def latest(self) -> int | None:
@@ -48,7 +53,7 @@ class Checkpoints:
         """
         update = int(state.update)
         if update != self.latest:
-            with _said(self._folder / str(update)):
+            with _one_at_a_time, _said(self._folder / str(update)):
                 if self._left_overs:
                     # Cleared in a thread that saving waits for, and nothing else does: begun when opening, it
                     # would be cut off where a run is refused.
@@ -66,7 +71,8 @@ class Checkpoints:
           InputError: what is stored is not such a state.
         """
         try:
-            restored = TrainState(**self._checkpointer.load(self.latest, vars(like)))
+            with _one_at_a_time:
+                restored = TrainState(**self._checkpointer.load(self.latest, vars(like)))
         except Exception as error:  # orbax and what it stands on raise many kinds
             reason = str(error).splitlines()[0][:200]
             raise InputError(
@@ -83,7 +89,7 @@ class Checkpoints:
         return restored
 
     def close(self) -> None:
-        with _quiet(), contextlib.suppress(ValueError):  # of a save that failed, and said so
+        with _one_at_a_time, _quiet(), contextlib.suppress(ValueError):  # of a save that failed, and said so
             self._checkpointer.close()
 
 

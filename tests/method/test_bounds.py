@@ -135,6 +135,14 @@ def test_rounding_of_equal_drift_is_nothing_to_sharpen(drift):
         assert tau_for_ratio(cur, old, mask, fixed_blocks(mask, size), 0.5) == 0
 
 
+def test_a_last_bit_is_no_drift():
+    cur = jnp.array([[0.7], [np.nextafter(np.float32(0.7), np.float32(1))]]) * jnp.ones((2, 6), jnp.float32)
+    assert len(np.unique(cur)) == 2
+    zero, mask, segments = jnp.zeros((2, 6)), jnp.ones((2, 6)), jnp.zeros((2, 6), int)
+    assert tau_for_ratio(cur, zero, mask, segments, 0.5) == 0
+    assert tau_for_ratio(cur.at[1].add(1e-5), zero, mask, segments, 0.6) > 0
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_without_drift_no_step_of_tau_is_nan(share):
     """One that were would stop whoever debugs with jax_debug_nans."""

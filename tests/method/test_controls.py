@@ -265,3 +265,11 @@ def test_places_draw_alike_from_any_row_on():
     np.testing.assert_array_equal(noise_a_place(key, 2, 7, 5), whole[5:7, :7])
     assert len(np.unique(whole)) == 320
     assert 0 <= float(whole.min()) < 0.05 < 0.95 < float(whole.max()) < 1
+
+
+def test_a_token_outside_all_segments_gets_nothing_from_another():
+    g, mask, segments = jnp.full((2, 4), 0.5), jnp.ones((2, 4)), jnp.array([[0, 0, 1, -1], [0, -1, 1, 1]])
+    for name, arm in arms(g, mask, segments, jax.random.key(0), g):
+        if name not in ("constant", "inverse"):  # which hand nothing out
+            assert not np.asarray(arm)[segments < 0].any()
+            assert (np.asarray(arm)[segments >= 0] == 0.5).all()

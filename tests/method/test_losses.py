@@ -260,3 +260,10 @@ def test_unknown_names_are_refused():
     for loss, array in ((sampled_token_loss, x), (student_topk_loss, x[..., None])):
         with pytest.raises(ValueError, match="advantage must be"):
             loss(array, array, array, advantage="new")
+
+
+def test_a_support_that_holds_all_stops_nobody_who_debugs_with_nans():
+    log_p = jnp.log(jnp.array([[[0.5, 0.5]]]))
+    with jax.debug_nans(True):
+        assert np.isfinite(topk_tail_loss(log_p, log_p)).all()
+        assert np.isfinite(jax.grad(lambda x: topk_tail_loss(x, log_p).sum())(log_p)).all()

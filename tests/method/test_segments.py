@@ -216,3 +216,9 @@ def test_what_lies_outside_stops_nobody_who_debugs_with_nans():
     with jax.debug_nans(True):
         np.testing.assert_array_equal(segment_total(values, ids), [[3, 3, 0]])
         np.testing.assert_array_equal(segment_largest(values, ids), [[2, 2, 0]])
+
+
+def test_every_id_below_zero_is_outside():
+    values, ids = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[2, -3, -1]])
+    np.testing.assert_array_equal(segment_total(values, ids), [[1, 0, 0]])
+    np.testing.assert_array_equal(segment_largest(values, ids), [[1, 0, 0]])
