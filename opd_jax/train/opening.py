@@ -157,8 +157,8 @@ def exclusive(run: Run) -> Iterator[None]:
             yield
         finally:
             run.writing = False
-            # Its threads outlive what they were made for, and would speak up as the process ends.
-            vars(run).pop("checkpoints").close()
+            if "checkpoints" in vars(run):  # whose threads would outlive what they were made for
+                vars(run).pop("checkpoints").close()
 
 
 def _lock(file: TextIO, folder: Path) -> None:
