@@ -239,7 +239,7 @@ def _import(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> 
 def _inspect(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> None:
     from opd_jax.study.inspection import as_text, inspect_store
     from opd_jax.tasks import load_tokenizer, newline_table
-    from opd_jax.train.choices import check_choices
+    from opd_jax.train.combinations import check_choices
 
     for word in overrides:
         if not word.startswith(("--gate.", "--weights.", "--seed")):

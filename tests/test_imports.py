@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
 ORDER = ["method", "model", "tasks", "rollout", "evaluate", "train", "plan", "study"]
 # Single files that any folder may use.
-SHARED = set("types errors files keys named config settings backend interrupt processes".split())
+SHARED = set("types errors files keys named config consistency settings backend interrupt processes".split())
 
 
 def imported(file: Path) -> set[str]:

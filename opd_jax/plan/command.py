@@ -14,7 +14,7 @@ from opd_jax.model.presets import PRESETS
 from opd_jax.plan.programs import Program, compile_programs
 from opd_jax.plan.report import fits
 from opd_jax.plan.topology import GIB, devices_of, memory_of
-from opd_jax.train.choices import check_choices
+from opd_jax.train.combinations import check_choices
 from opd_jax.train.computing import computed, kernel_of, mesh_of
 from opd_jax.train.run import Run
 from opd_jax.train.sources import model_folder

@@ -15,7 +15,7 @@ from opd_jax.files import read_text, write_text
 from opd_jax.processes import first_alone
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import check_template, prompt_ids
-from opd_jax.train.choices import check_choices
+from opd_jax.train.combinations import check_choices
 from opd_jax.train.engines import check_stop_ids
 from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run

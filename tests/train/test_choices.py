@@ -11,7 +11,8 @@ from opd_jax.config import flatten
 from opd_jax.errors import InputError
 from opd_jax.method import drift, drift_weights, effective_token_ratio, objective
 from opd_jax.settings import load_config
-from opd_jax.train.choices import LOSSES, SEGMENTS, base_loss, check_choices, gate_options
+from opd_jax.train.choices import LOSSES, SEGMENTS, base_loss, gate_options
+from opd_jax.train.combinations import check_choices
 from opd_jax.types import Rows
 from tests.conftest import tiny_config
 from tests.method.batches import fields

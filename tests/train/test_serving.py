@@ -13,7 +13,7 @@ from opd_jax.plan.programs import compile_programs
 from opd_jax.rollout.rows import gather, make_rows
 from opd_jax.rollout.score import columns_of, make_scorer, make_topk_scorer, mismatch, rows_of
 from opd_jax.train import collect, scoring, serving
-from opd_jax.train.choices import check_choices
+from opd_jax.train.combinations import check_choices
 from opd_jax.train.engines import engine_of
 from opd_jax.train.loop import do_part
 from opd_jax.train.opening import open_run
