@@ -30,6 +30,11 @@ METHOD = Path("opd_jax") / "method"
 # Mutants that change nothing a test could see, by file, honest line of code and what the mutant has there.
 REASONS: dict[tuple[str, str, str], str] = {
     (
+        "sequence_weights.py",
+        "confidence = jnp.clip(1.0 - teacher_entropy / _largest(teacher_entropy, mask, axis_name), 0.0, 1.0)",
+        "2.0",
+    ): "an entropy is never below 0, so that a confidence beyond 1 is rounding",
+    (
         "bounds.py",
         "return clipped(_bisect(excess, start - 100.0, start + 100.0))",
         "101.0",

@@ -61,7 +61,7 @@ def share(
     size = drift_size(cur, old, mask, segments, statistic)
     # An empty micro-batch is relative to nothing: infinity, which any other replaces.
     least = jnp.where(tokens > 0, scope_least(size, mask, "microbatch", None, None), jnp.inf)
-    g = map_gate(size, jnp.where(tokens > 0, least, 0.0), mask, tau=tau, map="exp", floor=1.0)
+    g = map_gate(size, least, mask, tau=tau, map="exp", floor=1.0)
     return Share(jnp.sum(g * masked(base, mask)), jnp.sum(g), tokens, least)
 
 
