@@ -111,25 +111,16 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
     def halt() -> bool:
         return stop() or failed.is_set()
 
-    @contextlib.contextmanager
-    def told() -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            failed.set()
-            raise
-
     def judge_once(run: Run, who: Who, label: str) -> None:
         if not is_judged(run, who):
-            with told():
-                judge(run, who, label, halt)
+            judge(run, who, label, halt)
 
     def train(run: Run, label: str) -> None:
         if next_part(run) != "done":
-            with told(), progress(run, label) as report:
+            with progress(run, label) as report:
                 distill(run, report, halt)
 
-    print(f"report: {demo(arguments.run, config, train, judge_once)}")
+    print(f"report: {demo(arguments.run, config, train, judge_once, failed.set)}")
 
 
 def _opened(arguments: argparse.Namespace, overrides: Overrides) -> Run:

@@ -64,7 +64,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         config = _parse(path, (), str(path))
     _check_keys(dict.fromkeys(named), "the command line")
     if overrides or path is None:
-        _check_lists(_values(overrides), "the command line")
+        _check_lists(dict(flatten_tree(_values(overrides))), "the command line")
         config = _parse(path, overrides, "the command line")
     _check_given(config)
     check(config)
@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             settings = draccus.cfgparsing.load_config(file, file=path)
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix != ".toml":  # which refuses it itself; JSON reads as YAML does
             _check_once(yaml.compose(path.read_text(encoding="utf-8")), path)
     except OSError as error:
         raise InputError(f"a config must be a readable file: {error}; check the path") from None
@@ -150,9 +150,10 @@ def _check_lists(values: Mapping[str, Any], source: str) -> None:
     for name, hint in _hints():
         allowed = {list} | (_kinds(hint) & {types.NoneType})
         if name in values and tuple in _kinds(hint) and type(values[name]) not in allowed:
+            nothing = values[name] in (None, "None")
             raise InputError(
-                f"a list is written in brackets: {name} is {values[name]!r} in {source}; write "
-                f"[{values[name]}]"
+                f"a list is written in brackets: {name} is {values[name]!r} in {source}; "
+                + ("write [], or drop it" if nothing else f"write [{values[name]}]")
             )
 
 

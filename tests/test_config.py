@@ -76,6 +76,8 @@ def test_toml_is_read_too(tmp_path):
         ),
         (["--weights.members=tip"], r"write \[tip\]"),
         (["--gate.clip=2"], "brackets: gate.clip is 2"),
+        (["--gate.clip=None"], r"write \[\], or drop it"),
+        (['--sampling={"stop": "ab"}'], r"write \[ab\]|nearest"),
         (["--store.accept=[student]"], "store.accept has 'student'; write student=VALUE"),
         (["--store.accept=[temperature=1.0,student=]"], "store.accept has 'student='"),
     ],

@@ -134,8 +134,9 @@ def compile_programs(
         ids = (taught, part, abstract_batch(config, rows, width, mesh).signal.student_ids)
         more = [
             _compile("score student's ids", likeliest, (policy, part), read, beside("student"), mesh),
-            _compile("teacher of those ids", of_ids, ids, reads_teacher, beside("teacher"), mesh),
         ]
+        if not elsewhere:
+            more.append(_compile("teacher of those ids", of_ids, ids, reads_teacher, beside("teacher"), mesh))
     if base:
         reads_base = {"base": kinds["base"]}
         more.append(_compile("score reference", score, (base, part), reads_base, beside("base"), mesh))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def demo(
     config: Config,
     train: Callable[[Run, str], None],
     judge: Callable[[Run, Who, str], None],
+    fail: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train every arm, judge base and arms, and write the report; the arms at once.
 
@@ -56,6 +57,7 @@ def demo(
       config: shared by all arms.
       train: does the rounds of a run that are still to be done.
       judge: evaluates one model of a run, unless that was done before.
+      fail: called when an arm has failed, so that the others may stop.
 
     Returns:
       The report.
@@ -69,18 +71,40 @@ def demo(
         export_student(runs[name])
         judge(runs[name], "student", name)
 
-    _at_once(arm, list(runs))
+    if _may_share(first):
+        _at_once(arm, list(runs), fail)
+    else:
+        for name in runs:
+            arm(name)
     return write_report([run.folder for run in runs.values()], folder / "report.html")
 
 
-def _at_once(act: Callable[[str], None], names: list[str]) -> None:
-    """Do something for every arm at the same time: one arm of small models leaves a machine's cores idle.
+def _may_share(run: Run) -> bool:
+    """Whether arms may go on at once: small ones leave cores idle, and each has a store of its own.
 
-    Many processes would have to agree on what comes first, and take one arm after another.
+    Many processes would have to agree on what comes first; an accelerator is full with one.
     """
-    with ThreadPoolExecutor(len(names) if jax.process_count() == 1 else 1) as pool:
-        done = [pool.submit(act, name) for name in names]
-    failed = [error for future in done if (error := future.exception())]
+    alone = jax.process_count() == 1 and run.mesh.devices.flat[0].platform == "cpu"
+    return alone and run.config.model.residency == "together" and not run.config.store.at
+
+
+def _at_once(act: Callable[[str], None], names: list[str], fail: Callable[[], None]) -> None:
+    """Do something for every arm at the same time; what failed is raised when all have stopped."""
+    failed: list[BaseException] = []
+
+    def do(name: str) -> None:
+        try:
+            act(name)
+        except BaseException as error:
+            failed.append(error)
+            fail()
+
+    # Of threads that are daemons an impatient user is free at once.
+    threads = [threading.Thread(target=do, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     # An arm that failed may have made the others stop: it is the one to hear of.
     for error in sorted(failed, key=lambda error: isinstance(error, Interrupted)):
         raise error

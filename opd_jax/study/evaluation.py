@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from opd_jax.processes import agreed, first_alone
 from opd_jax.tasks import prompting_digest
 from opd_jax.train.collect import batches, found_by_all
 from opd_jax.train.engines import Who, engine_of
-from opd_jax.train.metrics import append_line, mend_lines, read_lines
+from opd_jax.train.metrics import append_line, read_lines
 from opd_jax.train.run import Run
 
 
@@ -87,14 +90,32 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
       The file that holds the answers.
     """
     file = answers_file(run, who)
+    with contextlib.ExitStack() as stack:
+        first_alone(lambda: _lock(stack, file))
+        return _evaluate(run, who, file, report, agreed(stop))
+
+
+def _lock(stack: contextlib.ExitStack, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = stack.enter_context(file.with_name(f".{file.stem}.lock").open("w"))
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"one process at a time evaluates a model: {file} is being written; wait for it"
+        ) from None
+
+
+def _evaluate(run: Run, who: Who, file: Path, report: Callable[[Answer], None], stop: Stop) -> Path:
     begun, asked = file.with_name(f".{file.name}"), conditions(run)
-    records = found_by_all(lambda: _begun(begun, asked), f"answers of {file.stem}")
+    draws = [(problem.id, n) for problem in run.heldout for n in range(run.config.evaluation.samples)]
+    records = found_by_all(lambda: _begun(begun, asked, draws), f"answers of {file.stem}")
+    first_alone(lambda: _put_down(begun, asked, records, anew=True))
     for record in records:
         report(record)
     run.make_room("policy" if who == "student" else who)
     evaluation = run.config.evaluation
     engine = engine_of(run, who, evaluation, stream(evaluation.seed, "evaluate"))
-    stop = agreed(stop)
     with jax.set_mesh(run.mesh):
         drawn = answers(
             engine,
@@ -113,7 +134,8 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
                 raise Interrupted
 
     def write() -> None:
-        # Answers count where their conditions are: those come first.
+        # Answers count where their conditions are: those come first, and others' answers go before.
+        file.unlink(missing_ok=True)
         write_text(file.with_suffix(".json"), json.dumps(asked, indent=1) + "\n")
         write_answers(file, records)
         begun.unlink(missing_ok=True)
@@ -122,16 +144,17 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
     return file
 
 
-def _begun(file: Path, asked: dict[str, Any]) -> list[Answer]:
-    """The first answers of an evaluation that was broken off; none if it was another one."""
+def _begun(file: Path, asked: dict[str, Any], draws: Sequence[tuple[str, int]]) -> list[Answer]:
+    """Answers to the first draws, of an evaluation that was broken off; none if it was another one."""
     lines = read_lines(file)
-    return [Answer(**line) for line in lines[1:]] if lines[:1] == [asked] else []
+    if lines[:1] != [asked]:
+        return []
+    pairs = zip((Answer(**line) for line in lines[1:]), draws, strict=False)
+    return [answer for answer, _ in itertools.takewhile(lambda p: (p[0].problem, p[0].sample) == p[1], pairs)]
 
 
-def _put_down(file: Path, asked: dict[str, Any], more: Sequence[Answer]) -> None:
-    mend_lines(file)
-    if read_lines(file)[:1] != [asked]:
-        file.parent.mkdir(parents=True, exist_ok=True)
+def _put_down(file: Path, asked: dict[str, Any], more: Sequence[Answer], *, anew: bool = False) -> None:
+    if anew:
         write_text(file, json.dumps(asked) + "\n")
     for answer in more:
         append_line(file, dataclasses.asdict(answer))

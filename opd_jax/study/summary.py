@@ -123,6 +123,7 @@ def _run(folder: Path, name: str) -> Numbers:
                 **{
                     name: float(np.mean([line[name] for line in updates]))
                     for name in ("loss", "kl_teacher_k1", "entropy", "gradient_norm", "response_length")
+                    if all(name in line for line in updates)  # metrics of before it was taken lack the last
                 },
             }
             for round_, updates in sorted(per_round.items())

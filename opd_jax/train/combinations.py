@@ -127,6 +127,11 @@ def _check_gate(config: Config) -> None:
                 f"gate.target_ratio is reached by the gate as it comes: {names} would move it away again; "
                 "drop the one or the other"
             )
+    if (gate.control, gate.scope) == ("inverse", "none"):
+        raise InputError(
+            "1 / g has no bound: with gate.control=inverse and gate.scope=none weights have no scale; use "
+            "another scope"
+        )
     if (gate.segments, gate.scope) == ("sequence", "sequence"):
         raise InputError(
             "a gate of one number a sequence has mean one over more than a sequence: gate.segments and "

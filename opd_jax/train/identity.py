@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -27,9 +28,19 @@ def model_digest(folder: Path) -> str:
 
     def digest() -> str:
         files = [folder / "config.json", *weight_files(folder)]
-        return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+        return hashlib.sha256("".join(map(_digest_of, files)).encode()).hexdigest()
 
     return first_alone(digest)
+
+
+def _digest_of(file: Path) -> str:
+    now = file.stat()
+    return _read_once(file.resolve(), now.st_size, now.st_mtime_ns)
+
+
+@functools.cache  # a command may open a run twice, and weights are large
+def _read_once(file: Path, size: int, modified: int) -> str:
+    return sha256(file)
 
 
 def params_digest(params: Params) -> str:

@@ -1,6 +1,7 @@
 """Evaluating a run: broken off and gone on with, under the conditions that are asked for."""
 
 import dataclasses
+import fcntl
 import json
 
 import pytest
@@ -36,9 +37,9 @@ def broken_off(folder) -> Run:
 
 def test_what_was_answered_is_not_asked_again(whole, tmp_path, monkeypatch):
     run = broken_off(tmp_path / "run")
-    [begun] = (run.folder / "evaluation").iterdir()
+    begun = run.folder / "evaluation" / ".base.jsonl"
     held = begun.read_text().splitlines(keepends=True)
-    begun.write_text("".join(held) + held[-1][:20])  # and the power went
+    begun.write_text("".join(held) + held[2] + held[-1][:20])  # a stranger's line, and the power went
     asked = []
     drawing = "opd_jax.rollout.jax_engine.JaxEngine.draw"
     from opd_jax.rollout.jax_engine import JaxEngine
@@ -55,7 +56,7 @@ def test_what_was_answered_is_not_asked_again(whole, tmp_path, monkeypatch):
     assert asked == [len(seen) - (len(held) - 1)]
     assert file.read_text() == answers_file(whole, "base").read_text()
     assert is_judged(run, "base")
-    assert sorted(x.name for x in file.parent.iterdir()) == ["base.json", "base.jsonl"]
+    assert sorted(x.name for x in file.parent.iterdir()) == [".base.lock", "base.json", "base.jsonl"]
 
 
 def test_another_evaluation_begins_anew(whole, tmp_path):
@@ -84,3 +85,10 @@ def test_answers_without_their_conditions_count_as_none(whole, tmp_path):
         conditions.write_text(held)
     assert json.loads(held)["samples"] == 4
     assert is_judged(whole, "base")
+
+
+def test_one_at_a_time_evaluates_a_model(whole):
+    with (answers_file(whole, "base").parent / ".base.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being written; wait"):
+            evaluate_run(whole, "base", lambda answer: None, never)

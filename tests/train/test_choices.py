@@ -157,6 +157,7 @@ def test_no_setting_of_loss_gate_or_weights_is_left_out():
         (("--gate.segments=sequence", "--gate.scope=sequence"), "every weight 1"),
         (("--gate.statistic=negative", "--gate.control=oracle"), "never below 0"),
         (("--gate.segments=none", "--gate.control=random"), "name segments"),
+        (("--gate.scope=none", "--gate.control=inverse"), "has no bound"),
         (("--weights.members=[sg_opd]",), "weights.sg_opd_tau is empty"),
         (("--weights.members=[scope_opd]", "--schedule.minibatches=8"), "4 prompts do not divide by 8"),
         (("--weights.members=[scope_opd]", "--gate.scope=microbatch"), "would part them"),
