@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -32,6 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)  # the move itself must survive a power cut
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of a file that is there for nothing else; it is free when the process ends, however.
+
+    Raises:
+      InputError: another holds it; ``refusal`` says so.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        yield
 
 
 def sync(path: Path) -> None:

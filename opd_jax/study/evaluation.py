@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -17,14 +16,14 @@ import jax
 
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Answer, answers, write_answers
-from opd_jax.files import read_text, write_text
+from opd_jax.files import locked, read_text, write_text
 from opd_jax.interrupt import Interrupted, Stop
 from opd_jax.keys import stream
 from opd_jax.processes import agreed, first_alone
 from opd_jax.tasks import prompting_digest
 from opd_jax.train.collect import batches, found_by_all
 from opd_jax.train.engines import Who, engine_of
-from opd_jax.train.metrics import append_line, read_lines
+from opd_jax.train.metrics import append_lines, read_lines
 from opd_jax.train.run import Run
 
 
@@ -91,26 +90,22 @@ def evaluate_run(run: Run, who: Who, report: Callable[[Answer], None], stop: Sto
     """
     file = answers_file(run, who)
     with contextlib.ExitStack() as stack:
-        first_alone(lambda: _lock(stack, file))
+
+        def lock() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            written = f"one process at a time evaluates a model: {file} is being written; wait for it"
+            stack.enter_context(locked(file.with_name(f".{file.stem}.lock"), written))
+
+        first_alone(lock)
         return _evaluate(run, who, file, report, agreed(stop))
-
-
-def _lock(stack: contextlib.ExitStack, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    held = stack.enter_context(file.with_name(f".{file.stem}.lock").open("w"))
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"one process at a time evaluates a model: {file} is being written; wait for it"
-        ) from None
 
 
 def _evaluate(run: Run, who: Who, file: Path, report: Callable[[Answer], None], stop: Stop) -> Path:
     begun, asked = file.with_name(f".{file.name}"), conditions(run)
     draws = [(problem.id, n) for problem in run.heldout for n in range(run.config.evaluation.samples)]
     records = found_by_all(lambda: _begun(begun, asked, draws), f"answers of {file.stem}")
-    first_alone(lambda: _put_down(begun, asked, records, anew=True))
+    kept = (asked, *map(dataclasses.asdict, records))
+    first_alone(lambda: write_text(begun, "".join(json.dumps(line) + "\n" for line in kept)))
     for record in records:
         report(record)
     run.make_room("policy" if who == "student" else who)
@@ -126,7 +121,7 @@ def _evaluate(run: Run, who: Who, file: Path, report: Callable[[Answer], None], 
             done=len(records),
         )
         for more in batches(drawn, run.config.sampling.slots, math.inf):
-            first_alone(functools.partial(_put_down, begun, asked, more))
+            first_alone(functools.partial(append_lines, begun, [*map(dataclasses.asdict, more)]))
             records += more
             for record in more:
                 report(record)
@@ -151,10 +146,3 @@ def _begun(file: Path, asked: dict[str, Any], draws: Sequence[tuple[str, int]]) 
         return []
     pairs = zip((Answer(**line) for line in lines[1:]), draws, strict=False)
     return [answer for answer, _ in itertools.takewhile(lambda p: (p[0].problem, p[0].sample) == p[1], pairs)]
-
-
-def _put_down(file: Path, asked: dict[str, Any], more: Sequence[Answer], *, anew: bool = False) -> None:
-    if anew:
-        write_text(file, json.dumps(asked) + "\n")
-    for answer in more:
-        append_line(file, dataclasses.asdict(answer))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_line(path: Path, fields: dict[str, Any]) -> None:
     """Add one object to a JSON-lines file, on disk when this returns."""
+    append_lines(path, [fields])
+
+
+def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Add objects to a JSON-lines file, all on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(fields, allow_nan=False) + "\n")
+        file.write("".join(json.dumps(fields, allow_nan=False) + "\n" for fields in lines))
         file.flush()
         os.fsync(file.fileno())
 

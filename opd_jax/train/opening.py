@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from opd_jax.config import Config, flatten
 from opd_jax.errors import InputError
-from opd_jax.files import read_text, write_text
+from opd_jax.files import locked, read_text, write_text
 from opd_jax.processes import first_alone
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import check_template, prompt_ids
@@ -138,7 +136,8 @@ def exclusive(run: Run) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         # The first of the processes of one run keeps other runs out.
-        first_alone(lambda: _lock(stack.enter_context((run.folder / ".lock").open("w")), run.folder))
+        in_use = f"one process at a time works on a run: {run.folder} is in use; wait, or name a new folder"
+        first_alone(lambda: stack.enter_context(locked(run.folder / ".lock", in_use)))
         # Whatever was read before the lock was ours may have moved on since.
         if "checkpoints" in vars(run):
             run.checkpoints.close()
@@ -159,12 +158,3 @@ def exclusive(run: Run) -> Iterator[None]:
             run.writing = False
             if "checkpoints" in vars(run):  # whose threads would outlive what they were made for
                 vars(run).pop("checkpoints").close()
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"one process at a time works on a run: {folder} is in use; wait, or name a new folder"
-        ) from None
