@@ -173,9 +173,8 @@ def _yarn(rope: dict[str, Any], published: dict[str, Any], path: Path) -> Yarn:
             "correct it"
         )
     values = dict(rope)
-    name = (
-        "original_max_position_embeddings"  # beside the group or in it; transformers reads the former first
-    )
+    # Beside the group or in it; transformers reads the former first.
+    name = "original_max_position_embeddings"
     spelled = {name: published.get(name), f"rope_scaling.{name}": rope.get(name)}
     original = _agreed({where: found for where, found in spelled.items() if found is not None}, path)
     values[name] = published.get("max_position_embeddings") if original is None else original

@@ -104,7 +104,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> Stored:
     listed = _read_index(index) if index.exists() else None
     stored: dict[str, Any] = {}
     where: dict[str, str] = {}
-    for file in (path.name for path in weight_files(folder)):
+    for file in _file_names(folder, listed):
         try:
             reader = stack.enter_context(safe_open(folder / file, framework="numpy"))
         except FileNotFoundError:
@@ -135,12 +135,17 @@ def weight_files(folder: Path) -> list[Path]:
       InputError: it has none, or its index is damaged.
     """
     index = folder / INDEX
-    if index.exists():
-        return [folder / file for file in sorted(set(_read_index(index).values()))]
-    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
-    if not files:
+    listed = _read_index(index) if index.exists() else None
+    return [folder / name for name in _file_names(folder, listed)]
+
+
+def _file_names(folder: Path, listed: Mapping[str, str] | None) -> list[str]:
+    if listed is not None:
+        return sorted(set(listed.values()))
+    names = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
+    if not names:
         raise InputError(f"a model folder must hold *.safetensors: {folder} has none; restore them")
-    return files
+    return names
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -152,17 +152,17 @@ def host_tensors(table: Table, flat: Arrays) -> Iterator[np.ndarray]:
 
 def _on_host(value: Any, layer: int | None) -> np.ndarray:
     """One layer of a stack, or the whole of what is none."""
-    if isinstance(value, InTurn):
-        part = value.layer(layer or 0)
-        return np.asarray(part) if part.is_fully_addressable else _gathered(part)
-    if not isinstance(value, jax.Array):
+    if layer is not None and isinstance(value, InTurn):
+        part = value.layer(layer)
+    elif not isinstance(value, jax.Array):
         return np.asarray(value if layer is None else value[layer])
     # A new array each time, because a jax.Array keeps its copy on the host for as long as it lives.
-    part = jnp.copy(value) if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-    return np.asarray(part) if part.is_fully_addressable else _gathered(part)
-
-
-def _gathered(part: jax.Array) -> np.ndarray:
+    elif layer is None:
+        part = jnp.copy(value)
+    else:
+        part = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    if part.is_fully_addressable:
+        return np.asarray(part)
     return multihost_utils.process_allgather(part, tiled=True)
 
 

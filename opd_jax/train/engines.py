@@ -34,7 +34,7 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
     sampling, teacher = run.config.sampling, who == "teacher"
     model = run.teacher_model if teacher else run.model
     folder = run.teacher_folder if teacher else run.student_folder
-    check_stop_ids(run)
+    check_ids(run)
     ends = (*read_stop_ids(folder), *sampling.stop_ids)
     sampler = make_sampler(
         model,
@@ -54,18 +54,22 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
     return JaxEngine(sampler, params, root, find_stop=find_stop)
 
 
-def check_stop_ids(run: Run) -> None:
-    """Refuse ids in ``sampling.stop_ids`` that no token has.
+def check_ids(run: Run) -> None:
+    """Refuse listed ids that no token has.
 
     Raises:
-      InputError: one is outside the vocabulary.
+      InputError: one in ``sampling.stop_ids`` or ``loss.special_ids`` is outside the vocabulary.
     """
-    for stop in run.config.sampling.stop_ids:
-        if not 0 <= stop < run.usable:
-            raise InputError(
-                f"a stop id must be in the vocabulary: sampling.stop_ids has {stop}, the tokenizer "
-                f"{run.usable} ids; correct it"
-            )
+    for what, name, listed in (
+        ("a stop id", "sampling.stop_ids", run.config.sampling.stop_ids),
+        ("a special token", "loss.special_ids", run.config.loss.special_ids),
+    ):
+        for id_ in listed:
+            if not 0 <= id_ < run.usable:
+                raise InputError(
+                    f"{what} must be in the vocabulary: {name} has {id_}, the tokenizer {run.usable} ids; "
+                    "correct it"
+                )
 
 
 def banned_ids(run: Run, ends: Sequence[int] | None = None) -> tuple[int, ...]:

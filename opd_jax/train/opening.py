@@ -14,7 +14,7 @@ from opd_jax.processes import first_alone
 from opd_jax.settings import load_config, save_config
 from opd_jax.tasks import check_template, prompt_ids
 from opd_jax.train.combinations import check_choices
-from opd_jax.train.engines import check_stop_ids
+from opd_jax.train.engines import check_ids
 from opd_jax.train.metrics import drop_lines_from, mend_lines
 from opd_jax.train.run import Run
 
@@ -103,7 +103,7 @@ def _new_run(folder: Path, file: Path, config: Config | None) -> Run:
                 f"loss.{name} cannot exceed the vocabulary: got {getattr(config.loss, name)}, there are "
                 f"{vocabulary} ids; lower it"
             )
-    check_stop_ids(run)
+    check_ids(run)
     if config.store.at:
         _ = run.rollouts, run.scored
     check_template(run.tokenizer, config.problems)
