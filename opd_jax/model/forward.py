@@ -19,6 +19,7 @@ from opd_jax.model.attention import attention, cache_mask, row_attention
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.lora import lora_delta
 from opd_jax.model.moe import Routing, experts
+from opd_jax.model.precision import exact_products
 from opd_jax.model.rope import rotary_angles, rotate
 from opd_jax.model.sharding import RULES, can_split, constrain, partition
 from opd_jax.types import Params
@@ -165,7 +166,8 @@ def hidden_states(
         x, _, routing = _layer(x, layer, angles, attend, sequence_ids > 0, config)
         return x, routing
 
-    return jax.lax.scan(REMAT[config.remat](body), _embed(params, tokens, config), params["layers"])
+    with exact_products(config.compute_dtype):
+        return jax.lax.scan(REMAT[config.remat](body), _embed(params, tokens, config), params["layers"])
 
 
 def head(params: Params) -> jax.Array:
@@ -177,7 +179,8 @@ def logits(hidden: jax.Array, params: Params, config: Qwen3Config) -> jax.Array:
     """The vocabulary head, final norm included: ``[..., D] -> [..., V]`` float32."""
     hidden = rms_norm(hidden, params["norm"], config.rms_norm_eps)
     matrix = head(params).astype(hidden.dtype)
-    return jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    with exact_products(hidden.dtype):
+        return jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
 
 
 def forward(
@@ -201,8 +204,10 @@ def forward(
 class Cache:
     """Keys and values of the past; slot s of a row holds that row's position s."""
 
-    key: jax.Array  # [L, B, S, M, H]
-    value: jax.Array  # [L, B, S, M, H]
+    # Heads before slots, as a head's products read them: a GPU's compiler would otherwise turn the whole
+    # cache around before a stretch of decoding and back after it, and hold it twice.
+    key: jax.Array  # [L, B, M, S, H]
+    value: jax.Array  # [L, B, M, S, H]
 
 
 def empty_cache(config: Qwen3Config, rows: int, slots: int) -> Cache:
@@ -210,12 +215,12 @@ def empty_cache(config: Qwen3Config, rows: int, slots: int) -> Cache:
     shape = (
         config.num_hidden_layers,
         rows,
-        slots,
         config.num_key_value_heads,
+        slots,
         config.head_dim,
     )
     zeros = jnp.zeros(shape, config.compute_dtype)
-    zeros = constrain(zeros, "layers", "batch", "length", "kv_heads", "head_dim")
+    zeros = constrain(zeros, "layers", "batch", "kv_heads", "length", "head_dim")
     return Cache(zeros, zeros)
 
 
@@ -231,13 +236,13 @@ def decode(
       params: parameters.
       tokens: ``[B, T]`` int32, T = 1 for a step of sampling, the prompt's length for a prefill.
       positions: ``[B, T]`` int32, each below S.
-      cache: ``[L, B, S, M, H]`` twice.
+      cache: ``[L, B, M, S, H]`` twice.
       config: dimensions.
 
     Returns:
       The residual stream ``[B, T, D]`` after the last layer, and the cache with these tokens added.
     """
-    mask, angles = cache_mask(positions, cache.key.shape[2]), rotary_angles(positions, config)
+    mask, angles = cache_mask(positions, cache.key.shape[3]), rotary_angles(positions, config)
     rows = jnp.arange(tokens.shape[0])[:, None]
 
     # The cache is carried whole and written in place; scanned over, every layer of it would be copied.
@@ -245,13 +250,15 @@ def decode(
         (x, cache), (layer, index) = carry, at
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
-            keys = cache.key.at[index, rows, positions].set(key)
-            values = cache.value.at[index, rows, positions].set(value)
-            return attention(query, keys[index], values[index], mask), Cache(keys, values)
+            keys = cache.key.at[index, rows, :, positions].set(key)
+            values = cache.value.at[index, rows, :, positions].set(value)
+            past = (x[index].swapaxes(1, 2) for x in (keys, values))
+            return attention(query, *past, mask), Cache(keys, values)
 
         x, cache, _ = _layer(x, layer, angles, attend, jnp.ones(tokens.shape, bool), config)
         return (x, cache), None
 
     layers = params["layers"], jnp.arange(config.num_hidden_layers)
-    (x, cache), _ = jax.lax.scan(body, (_embed(params, tokens, config), cache), layers)
+    with exact_products(config.compute_dtype):
+        (x, cache), _ = jax.lax.scan(body, (_embed(params, tokens, config), cache), layers)
     return x, cache

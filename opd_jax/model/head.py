@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.per_device import Axes, per_device, vary_alike
+from opd_jax.model.precision import exact_products
 from opd_jax.types import Readout
 
 Array = jax.Array
@@ -201,8 +202,9 @@ def _gradients(
         position = jnp.arange(len(ids))[:, None]
         of_z = of_z.at[position, local].add(jnp.where(inside, _once(of_logits, ids), 0.0))
         of_z = (of_z / question.temperature).astype(hidden.dtype)
-        of_matrix = jnp.einsum("pd,pv->dv", hidden, of_z, preferred_element_type=jnp.float32)
-        of_hidden = jnp.einsum("pv,dv->pd", of_z, whole, preferred_element_type=jnp.float32)
+        with exact_products(hidden.dtype):
+            of_matrix = jnp.einsum("pd,pv->dv", hidden, of_z, preferred_element_type=jnp.float32)
+            of_hidden = jnp.einsum("pv,dv->pd", of_z, whole, preferred_element_type=jnp.float32)
         return total + of_matrix, of_hidden
 
     pieces = _pieces(question.chunk, hidden, ids, largest, logsumexp, of_logits, of_logsumexp)
@@ -221,7 +223,8 @@ def _gradients(
 
 def _logits(hidden: Array, whole: Array, question: _Question) -> Array:
     """``[P, V]`` float32, over the temperature."""
-    z = jnp.einsum("pd,dv->pv", hidden, whole, preferred_element_type=jnp.float32)
+    with exact_products(hidden.dtype):
+        z = jnp.einsum("pd,dv->pv", hidden, whole, preferred_element_type=jnp.float32)
     return z / question.temperature
 
 

@@ -152,7 +152,7 @@ def make_sampler(
         # As long as the slots' own: a CPU sums a softmax over as many terms as there are, masked or not.
         empty = empty_cache(config, len(group.lengths), max_prompt + max_response - 1)
         _, cache = decode(params, group.prompts, positions, empty, config)
-        cache = jax.tree.map(lambda x: x[:, :, :max_prompt], cache)
+        cache = jax.tree.map(lambda x: x[:, :, :, :max_prompt], cache)
         roots, last = jax.random.wrap_key_data(group.roots), group.lengths[:, None] - 1
         rows = Rows(
             key=jax.random.key_data(rollout_keys(roots, group.problems, group.samples)),
@@ -238,7 +238,7 @@ def placement(state: State) -> State:
         (state.rows, state.tokens, state.logprobs),
     )
     cache = jax.tree.map(
-        lambda x: partition("layers", "batch", "length", "kv_heads", "head_dim"), state.cache
+        lambda x: partition("layers", "batch", "kv_heads", "length", "head_dim"), state.cache
     )
     return State(rows, cache, tokens, logprobs)
 
@@ -254,10 +254,10 @@ def _placed(state: State, rows: Rows, cache: Cache, slots: Array) -> State:
     """A group's rows and the cache of its prompts in their slots; each shard fills its own."""
 
     def on_device(old: tuple[Rows, Cache], new: tuple[Rows, Cache], slots: Array) -> tuple[Rows, Cache]:
-        length = new[1].key.shape[2]
+        length = new[1].key.shape[3]
         return (
             jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), old[0], new[0]),
-            jax.tree.map(lambda a, b: a.at[:, slots, :length].set(b, mode="drop"), old[1], new[1]),
+            jax.tree.map(lambda a, b: a.at[:, slots, :, :length].set(b, mode="drop"), old[1], new[1]),
         )
 
     place: Callable[..., tuple[Rows, Cache]] = on_device
