@@ -29,26 +29,34 @@ METHOD = Path("opd_jax") / "method"
 
 # Mutants that change nothing a test could see, by file, honest line of code and what the mutant has there.
 REASONS: dict[tuple[str, str, str], str] = {
-    (
-        "sequence_weights.py",
-        "confidence = jnp.clip(1.0 - teacher_entropy / _largest(teacher_entropy, mask, axis_name), 0.0, 1.0)",
-        "2.0",
-    ): "an entropy is never below 0, so that a confidence beyond 1 is rounding",
+    ("bounds.py", "_WIDEST = 110.0", "111.0"): "any bracket wider than the logarithms of float32 does",
+    ("bounds.py", "_HALVINGS = 40", "41"): "past 40 halvings float32 holds nothing between the ends",
     (
         "bounds.py",
-        "return clipped(_bisect(excess, start - 100.0, start + 100.0))",
-        "101.0",
+        "middle = 0.0 * count  # of the counts, as under shard_map a bracket must vary as they do",
+        "1.0",
     ): "any bracket wider than the logarithms of float32 does",
     (
-        "accumulate.py",
-        "return part * jnp.exp(-tau * jnp.where(jnp.isfinite(least) & (least > onto), least - onto, 0.0))",
-        "least >= onto",
-    ): "at equality the difference is 0 as well",
+        "bounds.py",
+        "log_tau = _bisect(excess, jnp.full_like(mean, -30.0), jnp.full_like(mean, 30.0))",
+        "31.0",
+    ): "any bracket that holds the answer does",
     (
-        "controls.py",
-        "jax.ops.segment_sum(x.ravel(), place, num_segments=segments.shape[1] + 1)",
+        "sequence_weights.py",
+        "sets = 2 * mask.size",
+        "3",
+    ): "a larger table holds the same sets",
+    (
+        "segments.py",
+        "return reduce(values, segments, num_segments=values.shape[0] + 1)[segments]",
         "2",
     ): "one more place that nothing is in",
+    ("segments.py", "values = jnp.where(inside, values, 0)", "1"): "any finite number does: it is dropped",
+    (
+        "segments.py",
+        "return 0 * jnp.sum(mask, axis=1)",
+        "1",
+    ): "the first token of a response opens a span, whatever the scan starts from",
     (
         "divergences.py",
         "difference = jnp.where(there, log_a, 0.0) - jnp.where(there, log_b, 0.0)",
@@ -64,12 +72,6 @@ REASONS: dict[tuple[str, str, str], str] = {
         "low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)",
         "jax.lax.pmax(low, axis_name)",
     ): "the score is 1 - (1 - h)(1 - k), and the low end scales 1 - h alone, which changes no order",
-    ("segments.py", "start = (none, zero, zero, zero, none > 0)", "1"): "none is all zeros",
-    (
-        "weights.py",
-        "share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)",
-        "2.0",
-    ): "any number but zero does: what it divides is not taken",
     (
         "bounds.py",
         "beyond = beyond / jnp.where(drifts, mean, 1.0)",
@@ -81,10 +83,33 @@ REASONS: dict[tuple[str, str, str], str] = {
         "2",
     ): "any number below 0 says that no response has begun",
     (
-        "controls.py",
-        "largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)",
+        "bounds.py",
+        "log_w = jnp.where(w > 0, jnp.log(jnp.where(w > 0, w, 1.0)), -jnp.inf)",
         "2.0",
-    ): "anything below every weight sorts last",
+    ): "any number above 0 does: its logarithm is not taken",
+    (
+        "gates.py",
+        "return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)",
+        "2.0",
+    ): "any number above 0 does: its root is not taken",
+    ("arithmetic.py", "return jnp.where(some, total / jnp.where(some, count, 1), 0.0)", "2"): (
+        "any number but zero does: what it divides is not taken"
+    ),
+    (
+        "losses.py",
+        "return jnp.where(some, jnp.log(-jnp.expm1(jnp.where(some, inside, -1.0))), jnp.log(SMALLEST_TAIL))",
+        "2.0",
+    ): "any number below 0 does: what is made of it is not taken",
+    (
+        "weights.py",
+        "same = jnp.any(student_ids[..., :, None] == teacher_ids[..., None, :], axis=-1)",
+        "2",
+    ): "ids of a set are distinct, so those in common are as many from either side",
+    (
+        "diagnostics.py",
+        "WEIGHT_EDGES = (*(1 - x for x in reversed(_STEPS) if x < 1), *(1 + x for x in _STEPS))",
+        "x <= 1",
+    ): "no step is 1",
 }
 
 SWAPPED_CALLS = {

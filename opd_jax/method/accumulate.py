@@ -73,7 +73,7 @@ def rescale(part: Array, least: Array, onto: Array, tau: float | Array) -> Array
            [0.25, 0.25, 0.25, 0.25, 0.25, 0.25]], dtype=float32)
     """
     # An empty part is relative to infinity, whatever tau, and is 0 as it stands.
-    return part * jnp.exp(-tau * jnp.where(jnp.isfinite(least) & (least > onto), least - onto, 0.0))
+    return part * jnp.exp(-tau * jnp.where(jnp.isfinite(least), least - onto, 0.0))
 
 
 def merge(a: Share, b: Share, tau: float | Array = 1.0) -> Share:

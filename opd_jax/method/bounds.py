@@ -13,7 +13,9 @@ from opd_jax.method.scope import Scope, scope_count, scope_least, scope_total
 
 Array = jax.Array
 
-# Halvings of a bracket of logarithms, wide enough for all of float32: past 40 there is nothing to halve.
+# A bracket of logarithms around 0 that holds the inverse of any mean in float32, were it of one in a million
+# tokens, and its halvings: past 40 there is nothing to halve.
+_WIDEST = 110.0
 _HALVINGS = 40
 # Nats; below it no two log-probs of float32 differ, and its inverse would overflow.
 SMALLEST_DRIFT = 1e-20
@@ -72,7 +74,6 @@ def clip_weights(
     w = masked(w, mask)
     if scope == "none":
         return masked(jnp.clip(w, low, high), mask)
-    total = scope_total(w, mask, scope, sequence_ids, axis_name)
     count = scope_count(mask, scope, sequence_ids, axis_name)
 
     # Of logarithms, so that c may be as large as the smallest weight calls for.
@@ -84,9 +85,8 @@ def clip_weights(
     def excess(log_c: Array) -> Array:
         return scope_total(clipped(log_c), mask, scope, sequence_ids, axis_name) - count
 
-    # Where c * w has mean one before clipping; nowhere in particular where all of w is 0.
-    start = -jnp.log(jnp.where(total > 0, quotient(total, count), 1.0))
-    return clipped(_bisect(excess, start - 100.0, start + 100.0))
+    middle = 0.0 * count  # of the counts, as under shard_map a bracket must vary as they do
+    return clipped(_bisect(excess, middle - _WIDEST, middle + _WIDEST))
 
 
 def tau_for_ratio(
@@ -126,7 +126,7 @@ def tau_for_ratio(
     size = drift_size(cur, old, mask, segments, statistic)
     over: tuple[Scope, None, str | None] = ("minibatch", None, axis_name)
     least = scope_least(size, mask, *over)
-    beyond = masked(size - least, mask)
+    beyond = size - least
     count = scope_count(mask, *over)
     mean = quotient(scope_total(beyond, mask, *over), count)
     # Rounding is no drift: a tau that told apart what is equal would be a gate of noise.
@@ -134,7 +134,7 @@ def tau_for_ratio(
     beyond = beyond / jnp.where(drifts, mean, 1.0)
 
     def excess(log_tau: Array) -> Array:  # in units of 1 / mean
-        g = masked(jnp.exp(-jnp.exp(log_tau) * beyond), mask)
+        g = jnp.exp(-jnp.exp(log_tau) * beyond)
         total, squares = scope_total(g, mask, *over), scope_total(jnp.square(g), mask, *over)
         return target * count * squares - jnp.square(total)
 
@@ -146,11 +146,11 @@ def tau_for_ratio(
 def _bisect(excess: Callable[[Array], Array], low: Array, high: Array) -> Array:
     """Where the growing function ``excess`` crosses zero between ``low`` and ``high``."""
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(bracket: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         low, high = bracket
         middle = (low + high) / 2
         above = excess(middle) > 0
-        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+        return (jnp.where(above, low, middle), jnp.where(above, middle, high)), None
 
-    low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
+    (low, high), _ = jax.lax.scan(halve, (low, high), length=_HALVINGS)
     return (low + high) / 2

@@ -77,7 +77,7 @@ def position_mean(
     table, valid = _table(g, segments)
     place = _places(segments, sequence_ids).ravel()
     total, count = (
-        jax.ops.segment_sum(x.ravel(), place, num_segments=segments.shape[1] + 1)
+        jax.ops.segment_sum(x.ravel(), place, num_segments=segments.shape[1])
         for x in (table, valid.astype(jnp.float32))
     )
     if axis_name is not None:
@@ -153,7 +153,7 @@ def disagreement(
     rows = table.shape[0]
     table, valid, scores = (_all_rows(x, axis_name) for x in (table, valid, scores))
     rank = jnp.argsort(jnp.argsort(jnp.where(valid, scores, jnp.inf), axis=None)).reshape(valid.shape)
-    largest_first = jnp.sort(jnp.where(valid, table, -1.0), axis=None, descending=True)
+    largest_first = jnp.sort(jnp.where(valid, table, -jnp.inf), axis=None, descending=True)
     return _spread(_own_rows(largest_first[rank], rows, axis_name), mask, segments)
 
 
@@ -187,11 +187,10 @@ def noise_a_place(key: Array, rows: int, width: int, first: Array | int = 0) -> 
 
 
 def _places(segments: Array, sequence_ids: Array | None) -> Array:
-    """Index of each segment within its own sequence, ``[B, G]`` as in `_table`; T where there is none."""
+    """Index of each segment within its own sequence, ``[B, G]`` as in `_table`; 0 where there is none."""
     inside = segments >= 0
     first = -segment_largest(-segments, sequence_segments(inside, sequence_ids))
-    places, valid = _table(segments - first.astype(segments.dtype), segments)
-    return jnp.where(valid, places, segments.shape[1])
+    return _table(segments - first.astype(segments.dtype), segments)[0]
 
 
 def _table(values: Array, segments: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.arithmetic import wide
+from opd_jax.method.arithmetic import quotient, wide
 from opd_jax.method.gates import masked
 from opd_jax.method.losses import importance_ratio, k3
 
@@ -62,7 +62,7 @@ def effective_token_ratio(weights: Array, mask: Array) -> Array:
     """
     total, count = masked_sum(weights, mask)
     squares, _ = masked_sum(jnp.square(wide(weights)), mask)
-    return jnp.where(squares > 0, jnp.square(total) / jnp.where(squares > 0, count * squares, 1.0), 1.0)
+    return jnp.where(squares > 0, quotient(jnp.square(total), count * squares), 1.0)
 
 
 def drift_diagnostics(

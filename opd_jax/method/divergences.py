@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.losses import read
+from opd_jax.method.losses import SMALLEST_LOGPROB, read
 
 Array = jax.Array
 
@@ -81,12 +81,9 @@ def jsd_loss(
         return _kl(log_q, log_p)
     if beta == 1:
         return _kl(log_p, log_q)
-    # An id that both exclude is not in the mixture; its logarithm is taken elsewhere, for the gradient.
-    there = jnp.maximum(log_p, log_q) > -jnp.inf
-    log_m = jnp.logaddexp(
-        jnp.log(beta) + jnp.where(there, log_q, 0.0), jnp.log1p(-beta) + jnp.where(there, log_p, 0.0)
-    )
-    log_m = jnp.where(there, log_m, -jnp.inf)
+    # Of an id that a side excludes a finite logarithm, for the gradient: it adds as little to the mixture.
+    finite_p, finite_q = (jnp.maximum(x, SMALLEST_LOGPROB) for x in (log_p, log_q))
+    log_m = jnp.logaddexp(jnp.log(beta) + finite_q, jnp.log1p(-beta) + finite_p)
     return beta * _kl(log_q, log_m) + (1.0 - beta) * _kl(log_p, log_m)
 
 

@@ -101,6 +101,6 @@ def masked_quantile(x: Array, mask: Array, q: float, axis_name: str | None = Non
     values = jnp.sort(values)
     place = q * (jnp.sum(jnp.isfinite(values)) - 1).astype(jnp.float32)
     below = jnp.maximum(jnp.floor(place), 0).astype(jnp.int32)
-    low, high = values[below], values[jnp.minimum(below + 1, values.size - 1)]
+    low, high = values[below], values[below + 1]  # past the end the last, of which there is no share
     share = place - below
     return jnp.where(share > 0, low + share * (jnp.where(share > 0, high, low) - low), low)

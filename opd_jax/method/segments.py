@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.arithmetic import wide
+from opd_jax.method.arithmetic import quotient, wide
 
 Array = jax.Array
 
@@ -126,7 +126,7 @@ def newline_spans(
         return (length, jnp.where(valid, closes, closed)), opens
 
     none = _zero_a_row(mask)
-    start = (none, none > 0)
+    start = (none, none.astype(bool))
     columns = tuple(x.T for x in (first, mask, may_close, has_newline))
     _, opens = jax.lax.scan(step, start, columns)
     return _number(opens.T, mask)
@@ -180,8 +180,8 @@ def cusum_spans(
     first = first_response(mask, sequence_ids)
     sequence = _number(first, mask)
     tokens = segment_total(mask, sequence)
-    square = segment_total(jnp.square(d), sequence) / jnp.maximum(tokens, 1)
-    z = jnp.where(square > 0, d / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    square = quotient(segment_total(jnp.square(d), sequence), tokens)
+    z = quotient(d, jnp.sqrt(square))  # 0 off the mask
     may_close = tokens - _count_within(mask, first) >= minimum
 
     def step(carry: Any, now: tuple[Array, ...]) -> tuple[Any, Array]:
@@ -192,14 +192,14 @@ def cusum_spans(
         shift = jnp.where(length > 0, z - total / jnp.maximum(length, 1), 0.0)
         up = jnp.where(valid, jnp.maximum(0.0, up + shift - slack), up)  # a hole is no sample
         down = jnp.where(valid, jnp.maximum(0.0, down - shift - slack), down)
-        length, total = length + valid, total + jnp.where(valid, z, 0.0)
+        length, total = length + valid, total + z
         shifted = ((up > limit) | (down > limit)) & (length >= minimum) & may_close
         closed = jnp.where(valid, shifted | (length == maximum), closed)
         return (length, total, up, down, closed), opens
 
     none = _zero_a_row(mask)
     zero = none.astype(jnp.float32)
-    start = (none, zero, zero, zero, none > 0)
+    start = (none, zero, zero, zero, none.astype(bool))
     _, opens = jax.lax.scan(step, start, tuple(x.T for x in (first, mask, may_close, z)))
     return _number(opens.T, mask)
 
@@ -260,7 +260,8 @@ def sequence_total(values: Array, mask: Array, sequence_ids: Array | None) -> Ar
     As `segment_total`, which adds up one by one, but by halves: of sixteen thousand tokens to 1e-6.
     """
     ids = sequence_segments(mask, sequence_ids)
-    last = segment_largest(jnp.indices(mask.shape)[1], ids).astype(jnp.int32)
+    position = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+    last = segment_largest(position, ids).astype(jnp.int32)
     total = jnp.take_along_axis(running_total(values, mask, sequence_ids), last, axis=1)
     return jnp.where(ids >= 0, total, 0.0)
 
@@ -278,14 +279,13 @@ def segment_largest(values: Array, segments: Array) -> Array:
 
 def _over_segments(reduce: Callable[..., Array], values: Array, segments: Array) -> Array:
     inside = segments >= 0
-    # Positions outside share one bucket more, which nothing reads. Ids run up to T: sequences count from 1.
-    bucket = jnp.where(inside, segments, segments.shape[1] + 1)
     values = jnp.where(inside, values, 0)
 
-    def row(values: Array, bucket: Array) -> Array:
-        return reduce(values, bucket, num_segments=values.shape[0] + 2)[bucket]
+    # Positions outside are dropped, and read what is not taken. Ids run up to T: sequences count from 1.
+    def row(values: Array, segments: Array) -> Array:
+        return reduce(values, segments, num_segments=values.shape[0] + 1)[segments]
 
-    return jnp.where(inside, jax.vmap(row)(values, bucket), 0)
+    return jnp.where(inside, jax.vmap(row)(values, segments), 0)
 
 
 def first_response(mask: Array, sequence_ids: Array | None) -> Array:
@@ -300,13 +300,13 @@ def first_response(mask: Array, sequence_ids: Array | None) -> Array:
     count = jnp.cumsum(mask, axis=1)
     if sequence_ids is None:
         return mask & (count == 1)
-    before = jax.lax.cummax(jnp.where(_starts(sequence_ids), count - mask, -1), axis=1)
+    before = jax.lax.cummax(jnp.where(_starts(sequence_ids), count - mask, 0), axis=1)
     return mask & (count == before + 1)
 
 
 def _starts(sequence_ids: Array) -> Array:
     """True where a sequence begins, ``[B, T]``."""
-    return jnp.diff(sequence_ids, axis=1, prepend=sequence_ids[:, :1] - 1) != 0
+    return jnp.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def special_tokens_out(

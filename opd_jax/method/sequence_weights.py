@@ -60,8 +60,9 @@ def fire_opd(
     length = jnp.maximum(segment_total(mask.astype(bool), ids), 1)
     likely = segment_total(tea, ids) / length
     least = masked_quantile(likely, first_response(mask, sequence_ids), drop, axis_name)
-    confidence = jnp.clip(1.0 - teacher_entropy / _largest(teacher_entropy, mask, axis_name), 0.0, 1.0)
-    confusion = jnp.clip(entropy / _largest(entropy, mask, axis_name), 0.0, 1.0)
+    # An entropy below 0 is rounding.
+    confidence = 1.0 - jnp.maximum(teacher_entropy, 0.0) / _largest(teacher_entropy, axis_name)
+    confusion = jnp.maximum(entropy, 0.0) / _largest(entropy, axis_name)
     w = masked((1.0 + teacher_share * confidence) * (1.0 + student_share * confusion), mask)
     w = w * length / jnp.maximum(segment_total(w, ids), 1e-30)
     return jnp.where(likely >= least, w, 0.0)
@@ -112,17 +113,18 @@ def scope_opd(
     score = jnp.where(right, -segment_total(cur, ids), segment_total(tea, ids)) / length / temperature
     # Right and wrong answers of a group are two sets; one token speaks for each sequence.
     one = first_response(inside, sequence_ids)
-    bucket = jnp.where(one, 2 * group + right, 0).ravel()
-    rows = mask.size * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-    largest = jax.ops.segment_max(jnp.where(one, score, -jnp.inf).ravel(), bucket, num_segments=2 * rows)
+    mine = 2 * group + right
+    sets = 2 * mask.size
+    if axis_name is not None:
+        sets *= jax.lax.axis_size(axis_name)
+    largest = jax.ops.segment_max(jnp.where(one, score, -jnp.inf).ravel(), mine.ravel(), num_segments=sets)
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
-    mine = 2 * group + right
     e = jnp.exp(score - largest[mine])
-    total = jax.ops.segment_sum(jnp.where(one, e, 0.0).ravel(), bucket, num_segments=2 * rows)
+    total = jax.ops.segment_sum(jnp.where(one, e, 0.0).ravel(), mine.ravel(), num_segments=sets)
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
-    return masked(e / jnp.maximum(total[mine], 1e-30), mask)
+    return masked(e / total[mine], mask)
 
 
 def f_opd(
@@ -160,8 +162,8 @@ def f_opd(
     return masked(jax.nn.relu(jnp.exp(-rate * mean) / (staleness + 1.0) - threshold), mask)
 
 
-def _largest(x: Array, mask: Array, axis_name: str | None) -> Array:
-    largest = jnp.max(masked(x, mask))
+def _largest(x: Array, axis_name: str | None) -> Array:
+    largest = jnp.max(x)
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
     return jnp.maximum(largest, 1e-6)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from opd_jax.method.arithmetic import wide
+from opd_jax.method.arithmetic import quotient, wide
 from opd_jax.method.gates import drift, masked
 from opd_jax.method.losses import importance_ratio
 from opd_jax.method.scope import masked_quantile
@@ -134,8 +134,7 @@ def iw_opd(
     a = jnp.abs(jax.lax.stop_gradient(wide(tea) - wide(old)))
     total = sequence_total(a, mask, sequence_ids)
     before = running_total(a, mask, sequence_ids) - a
-    share = jnp.where(total > 0, before / jnp.where(total > 0, total, 1.0), 0.0)
-    return masked(1.0 + (largest - 1.0) * jnp.clip(1.0 - share, 0.0, 1.0), mask)
+    return masked(1.0 + (largest - 1.0) * jnp.maximum(1.0 - quotient(before, total), 0.0), mask)
 
 
 def sg_opd(old: Array, tea: Array, mask: Array, *, tau: float) -> Array:
@@ -183,9 +182,9 @@ def popd(
 
 
 def _min_max(x: Array, mask: Array, axis_name: str | None) -> Array:
-    inside = mask.astype(bool)
+    """``x`` scaled to [0, 1] over the mask, 0 where all of it is one number; behind the mask anything."""
+    inside, x = mask.astype(bool), wide(x)
     low, high = jnp.min(jnp.where(inside, x, jnp.inf)), jnp.max(jnp.where(inside, x, -jnp.inf))
     if axis_name is not None:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
-    spread = high - low
-    return masked(jnp.where(spread > 0, (x - low) / jnp.where(spread > 0, spread, 1.0), 0.0), mask)
+    return quotient(x - low, high - low)

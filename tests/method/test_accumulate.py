@@ -144,3 +144,22 @@ def test_eps_is_that_of_the_whole(eps):
     part = share(*arrays, segments)
     want = objective(*arrays, segments, eps=eps).loss
     np.testing.assert_allclose(part.weighted / divisor(part, eps), want, rtol=1e-6)
+
+
+def test_a_divisor_below_one_is_one_like_any():
+    for total, tokens, want in ((0.5, 10, 0.5), (1.5, 1, 1.5), (0, 10, 1), (0, 0, 1)):
+        whole = Share(*map(jnp.float32, (1, total, tokens, 0)))
+        np.testing.assert_allclose(divisor(whole), want, rtol=1e-6)
+
+
+def test_a_micro_batch_of_one_token_counts_as_it_would_in_the_whole():
+    cur, old, mask = jnp.array([[3.0, 9.0], [1.0, 2.0]]), jnp.zeros((2, 2)), jnp.array([[1, 0], [1, 1]])
+    segments = jnp.array([[0, -1], [0, 1]])
+    one, other = (
+        share(cur[b : b + 1], old[:1], mask[b : b + 1], cur[:1], segments[b : b + 1]) for b in (0, 1)
+    )
+    chex.assert_trees_all_close(one, Share(*map(jnp.float32, (3, 1, 1, 3))), rtol=1e-6)
+    both = merge(one, other)
+    e = np.exp([-2, 0, -1])  # relative to a drift of 1
+    want = e[0] * 3 + e[1] * 3 + e[2] * 9, e.sum(), 3, 1
+    chex.assert_trees_all_close(both, Share(*map(jnp.float32, want)), rtol=1e-6)

@@ -83,6 +83,21 @@ def test_clipped_weights_by_hand():
     np.testing.assert_allclose(clip_weights(w, jnp.ones((1, 4)), 0.0, 1.5), [[0.5, 0.5, 1.5, 1.5]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.5, 2.0)])
+def test_weights_whose_sum_or_mean_float32_does_not_hold_are_clipped_like_any(bounds):
+    mask = jnp.ones((1, 4))
+    for w in ([1.2e-38, 0, 0, 0], [3e38, 0, 0, 0]):  # the first takes what the bounds leave it
+        want = [4, 0, 0, 0] if bounds[0] == 0 else [2, 0.5, 0.5, 0.5]
+        np.testing.assert_allclose(clip_weights(jnp.array([w]), mask, *bounds), [want], rtol=1e-4)
+    for w in ([1.2e-38] * 4, [3e38] * 4):
+        np.testing.assert_allclose(clip_weights(jnp.array([w]), mask, *bounds), mask, rtol=1e-4)
+    # One that is left of half a million takes the weight of them all.
+    w = np.zeros((1, 2**19), np.float32)
+    w[0, 7] = 1.2e-38
+    got = clip_weights(w, np.ones_like(w), 0.0, np.inf)
+    np.testing.assert_allclose([got[0, 7], np.sum(got)], 2**19, rtol=1e-4)
+
+
 @few
 @given(weights, masks, st.floats(0, 1, width=32))
 def test_the_residual_mix_is_its_formula_and_keeps_the_mean(w, mask, share):
@@ -182,3 +197,17 @@ def test_nonsense_is_refused():
     for target in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"lies in \(0, 1\]"):
             tau_for_ratio(x, x, x, ids, target)
+
+
+def test_a_weight_of_zero_has_a_finite_gradient():
+    w, mask = jnp.array([[0.0, 0.5, 1.0, 3.0]]), jnp.ones((1, 4))
+    for bounds in ((0.5, 2.0), (0.0, 2.0)):
+        slope = jax.grad(lambda w, b=bounds: jnp.sum(jnp.arange(4) * clip_weights(w, mask, *b)))(w)
+        assert np.isfinite(slope).all()
+
+
+def test_a_mean_drift_is_none_up_to_the_smallest():
+    zero, mask, segments = np.zeros((1, 2), np.float32), np.ones((1, 2)), np.array([[0, 1]])
+    for drift, some in ((2e-20, False), (4e-20, True)):
+        tau = compiled(tau_for_ratio, target=0.8)(np.float32([[0, drift]]), zero, mask, segments)
+        assert (tau > 0) == some

@@ -273,3 +273,17 @@ def test_a_token_outside_all_segments_gets_nothing_from_another():
         if name not in ("constant", "inverse"):  # which hand nothing out
             assert not np.asarray(arm)[segments < 0].any()
             assert (np.asarray(arm)[segments >= 0] == 0.5).all()
+
+
+def test_a_token_that_left_the_mask_after_segments_were_made_gets_nothing():
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 1]])
+    g, segments = jnp.full((2, 4), 0.5), jnp.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+    for name, arm in arms(g, mask, segments, jax.random.key(0), g):
+        want = {"constant": 1, "inverse": 2}.get(name, 0.5)
+        np.testing.assert_array_equal(arm, want * mask, err_msg=name)
+
+
+def test_the_last_place_of_a_response_has_a_mean_like_any():
+    g, mask = jnp.array([[0.2, 0.4, 0.6], [0.4, 0.8, 0.0]]), jnp.array([[1, 1, 1], [1, 1, 0]])
+    segments = jnp.array([[0, 1, 2], [0, 1, -1]])  # as many segments as positions
+    np.testing.assert_allclose(position_mean(g, mask, segments), [[0.3, 0.6, 0.6], [0.3, 0.6, 0]], rtol=1e-6)

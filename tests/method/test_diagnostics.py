@@ -131,7 +131,8 @@ def test_bins_are_fine_where_drift_and_weights_live():
         np.testing.assert_allclose([bins[at - 1] - centre, bins[at] - centre], [-5e-4, 5e-4])
     assert 0 < WEIGHT_EDGES[0] < 0.2  # weights are not negative
     assert SCORE_EDGES[0] == 5e-4
-    assert 4 < SCORE_EDGES[-1] < 5
+    np.testing.assert_allclose(SCORE_EDGES[-1], 5e-4 * 2**13)
+    np.testing.assert_allclose(WEIGHT_EDGES[-1], 1 + 5e-4 * 2**13)
 
 
 def test_percentiles_of_a_histogram():
@@ -143,6 +144,8 @@ def test_percentiles_of_a_histogram():
     # By hand: the n-th of 8 values spread evenly over two bins, and nothing beyond the edges.
     assert percentiles([0, 4, 4, 0], (0.0, 1.0, 2.0), (0, 25, 50, 100)) == [0.0, 0.5, 1.0, 2.0]
     assert percentiles([3, 0, 0, 1], (0.0, 1.0, 2.0), (50, 100)) == [0.0, 2.0]
+    # Where one bin holds the share exactly, it ends there, whatever gap follows.
+    assert percentiles([0, 2, 0, 2, 0], (0.0, 1.0, 2.0, 3.0), (50, 75)) == [1.0, 2.5]
     assert np.isnan(percentiles([0, 0, 0, 0], (0.0, 1.0, 2.0), (5, 95))).tolist() == [True, True]
 
 
@@ -183,3 +186,10 @@ class Variants(chex.TestCase):
         want = oracle.readings(*arrays, ones, batch["mask"], *CLIP)
         for name, value in readings(sums).items():
             close(value, want[name], err_msg=name)
+
+
+def test_a_ratio_at_a_bound_is_not_clipped():
+    zero, mask = np.zeros((1, 3), np.float32), np.ones((1, 3))
+    d = np.float32([[0, 0, 0.5]])
+    for clip, want in (((0.0, 0.0), 1), ((0.0, 1.0), 0), ((-0.5, 9.0), 2)):  # ratios of 1, 1 and 1.65
+        assert drift_diagnostics(d, zero, zero, d, zero, mask, clip=clip)["clip_fraction"][0] == want

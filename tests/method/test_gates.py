@@ -374,3 +374,20 @@ def test_a_long_mean_is_that_of_float64_whatever_lies_far_out():
     ids = np.zeros(d.shape, np.int32)
     got = compiled(segment_score)(d, np.ones_like(ids), ids)[:, 0]
     np.testing.assert_allclose(got, d.mean(axis=1, dtype=np.float64), rtol=1e-6)
+
+
+def test_other_weights_behind_the_mask_are_no_part_of_the_minimum():
+    cur, mask = jnp.array([[200.0, 201.0, 202.0, 7.0]]), jnp.array([[1, 1, 1, 0]])
+    e = np.exp(-1)
+    for others, want in (([1, 1, 1, 1], [1, e, e**2, 0]), ([0, 2, 1, 1], [1, 1, e, 0])):
+        got = relative_gate(cur, 0 * cur, mask, every_token(mask), others=jnp.array([others]))
+        np.testing.assert_allclose(got, [want], rtol=1e-5)
+
+
+def test_the_hard_map_keeps_what_lies_at_the_threshold_and_nothing_beyond():
+    cur, mask = jnp.array([[0.0, 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2))]]), jnp.ones((1, 4))
+    got = gate(cur, 0 * cur, mask, every_token(mask), map="hard")
+    np.testing.assert_array_equal(got, [[1, 1, 1, 0]])
+    # With all beyond it, the least drifted alone: nothing twice as far.
+    got = drift_gate(2 + cur, 0 * cur, mask, every_token(mask), map="hard")
+    np.testing.assert_array_equal(got, [[4, 0, 0, 0]])

@@ -8,6 +8,7 @@ from hypothesis import given
 
 from opd_jax.method import (
     entropy_aware_loss,
+    importance_ratio,
     reference_kl,
     sampled_token_loss,
     scope_loss,
@@ -183,3 +184,13 @@ class Variants(chex.TestCase):
         got = self.variant(scope_loss)(*args)
         chex.assert_shape(got, SHAPE)
         close(got, oracle.scope(*args))
+
+
+def test_a_draw_at_the_ratio_itself_is_an_outlier():
+    batch = fields()
+    rest = [batch[f"{side}_logprobs_on_support"] for side in ("student", "teacher")]
+    cur, tea = batch["cur"], batch["tea"]
+    ratio = importance_ratio(tea, cur)
+    close(trust_region_loss(batch["base"], cur, tea, *rest, ratio), topk_forward_kl(*rest))
+    below = jnp.nextafter(ratio, jnp.zeros(()))
+    np.testing.assert_array_equal(trust_region_loss(batch["base"], cur, tea, *rest, below), batch["base"])

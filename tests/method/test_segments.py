@@ -21,6 +21,7 @@ from opd_jax.method import (
     token_share,
     whole_sequence,
 )
+from opd_jax.method.segments import sequence_total
 from tests.method.batches import LENGTH, SHAPE, compiled, few, fewer, floats, masks, packings, typical
 from tests.oracle import segments as oracle
 
@@ -222,3 +223,11 @@ def test_every_id_below_zero_is_outside():
     values, ids = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[2, -3, -1]])
     np.testing.assert_array_equal(segment_total(values, ids), [[1, 0, 0]])
     np.testing.assert_array_equal(segment_largest(values, ids), [[1, 0, 0]])
+    np.testing.assert_array_equal(segment_largest(-values, ids), [[-1, 0, 0]])
+
+
+def test_the_total_of_a_sequence_is_that_of_its_tokens_inside():
+    values, mask = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, jnp.nan]]), jnp.array([[1, 1, 0, 1, 1, 0]])
+    ids = jnp.array([[4, 4, 4, 9, 9, 9]])
+    np.testing.assert_array_equal(sequence_total(values, mask, ids), [[3, 3, 0, 24, 24, 0]])
+    np.testing.assert_array_equal(sequence_total(values, mask, None), [[27, 27, 0, 27, 27, 0]])

@@ -281,3 +281,43 @@ def test_the_share_of_a_long_response_is_that_of_float64():
 def test_a_quantile_at_the_end_stops_nobody_who_debugs_with_nans():
     with jax.debug_nans(True):
         assert masked_quantile(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1, 1, 0]]), 1.0) == 2
+
+
+def test_softmaxes_of_scope_opd_know_no_underflow():
+    """Of two sequences a problem only the difference of their scores tells, however low both are."""
+    near, far = np.log([0.25, 0.75]), np.log([0.25, 0.75]) - 1e3
+    score = np.float32([near[0], near[1], far[0], far[1]])[:, None] * np.ones((1, LENGTH), np.float32)
+    mask, wrong = np.ones(SHAPE), np.zeros(SHAPE)
+    for numbers in ([1, 1, 0, 0], [0, 0, 1, 1], [47, 47, 3, 3]):  # problems, to the last there may be
+        group = np.int32(numbers)[:, None] * np.ones((1, LENGTH), np.int32)
+        got = compiled(scope_opd)(score, score, wrong, group, mask)
+        np.testing.assert_allclose(got[:, 0], [0.25, 0.75, 0.25, 0.75], rtol=1e-3)
+        got = compiled(scope_opd)(score, score, wrong + 1, group, mask)
+        np.testing.assert_allclose(got[:, 0], [0.75, 0.25, 0.75, 0.25], rtol=1e-3)
+
+
+def test_an_entropy_below_zero_is_none_to_fire_opd():
+    mask, tea = np.ones((1, 4)), np.zeros((1, 4))
+    entropy, teacher_entropy = np.float32([[-0.5, 0, 1, 2]]), np.float32([[4, -2, 0, 1]])
+    for shares in (1.0, -0.75):  # of mean one also where the sum of what is weighed is below one
+        confidence, confusion = np.array([0, 1, 1, 0.75]), np.array([0, 0, 0.5, 1])
+        raw = (1 + shares * confidence) * (1 + shares * confusion)
+        options = {"teacher_share": shares, "student_share": shares}
+        got = fire_opd(tea, entropy, teacher_entropy, mask, **options)
+        np.testing.assert_allclose(got, [raw / raw.mean()], rtol=1e-6)
+    alone = fire_opd(tea[:, :1], entropy[:, 3:], 0 * tea[:, :1], mask[:, :1], student_share=-0.75)
+    np.testing.assert_allclose(alone, [[1]])  # 2 (1 - 3/4) over its mean
+
+
+def test_what_lies_behind_the_mask_scales_no_score_of_tip():
+    entropy, kl = np.float32([[1, 2, 3, 9]]), np.float32([[1, 4, 2, -9]])
+    mask = np.array([[1, 1, 1, 0]])
+    # h = 0, 1/2, 1 and k = 0, 1, 1/3: scores of 0, 1, 1
+    np.testing.assert_array_equal(tip(entropy, kl, mask, keep=0.5, clip_quantile=1.0), [[0, 1, 1, 0]])
+    # A number alone spreads over nothing: all are kept.
+    np.testing.assert_array_equal(tip(0 * kl + 3, 0 * kl - 3, mask, keep=0.5), mask)
+
+
+def test_prune_gives_no_more_than_agreement_does():
+    ids = np.arange(4) + np.zeros((1, 2, 1), int)
+    np.testing.assert_allclose(prune(ids, ids + 4, np.ones((1, 2)), drop=-0.3, base=0.5), 1.5)
