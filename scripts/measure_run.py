@@ -4,17 +4,18 @@
         --student qwen3-1.7b --teacher qwen3-4b --sampling.samples=2
 
 Both models get random weights of the published shapes and the lab's tokenizer, whose ids never hold the
-models' end of text: every response has its full length. Printed are the lines of `opd plan`, then of each
-part of the round its seconds, tokens, matrix products a second and the most memory that a device had in use
-by then; and how far apart sampler, trainer and a second scoring are. Needs disk for both models and, at the
-end of the round, for the training state.
+models' end of text: a response has its full length, unless `--sampling.stop` names a string that ends it.
+Printed are the lines of `opd plan`, then of each part of the round its seconds and the most memory that a
+device had in use by then; how far apart sampler, trainer and a second scoring are; and what an update takes
+on rows that are full. Programs are compiled twice unless JAX_COMPILATION_CACHE_DIR names a folder, and the
+seconds hold the second time. Needs disk for both models and, at the end of the round, for the training state.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import statistics
@@ -27,16 +28,24 @@ sum_in_one_order()
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax.lab import student as lab_student
 from opd_jax.model import init_params, preset, save_pretrained
+from opd_jax.model.sharding import on_mesh
 from opd_jax.plan.programs import compile_programs
 from opd_jax.plan.report import as_table
 from opd_jax.plan.topology import GIB, memory_of
+from opd_jax.rollout.score import batch_of
 from opd_jax.settings import load_config
 from opd_jax.tasks import TOKENIZER_FILES
+from opd_jax.train.collect import minibatch_plan
 from opd_jax.train.loop import do_part
 from opd_jax.train.opening import open_run
+from opd_jax.train.run import Run
+from opd_jax.types import Batch
+
+UPDATES = 3  # on full rows; the first may compile
 
 
 def make_model(folder: Path, name: str, seed: int) -> Path:
@@ -78,25 +87,57 @@ def main() -> None:
     programs = compile_programs(config, run.model, run.teacher_model, run.mesh, run.usable)
     print(as_table(config, programs, memory_of(jax.devices()[0])), flush=True)
     tflop = {program.name: program.flops * run.mesh.size / 1e12 for program in programs}
-    rollouts = config.sampling.prompts * config.sampling.samples
-    tokens = rollouts * config.sampling.max_response
-
     for part in ("sample", "score", "train"):
-        updates: list[float] = []
         began = time.monotonic()
-        do_part(run, part, lambda line, updates=updates: updates.append(time.monotonic()), lambda: False)
+        do_part(run, part, lambda line: None, lambda: False)
         told = {"part": part, "seconds": round(time.monotonic() - began, 1), "peak_gib": peak_gib()}
         if part == "sample":
-            told["tokens_a_second"] = round(tokens / told["seconds"])
-        if part == "train":
-            step = statistics.median(b - a for a, b in itertools.pairwise(updates))
-            told["seconds_an_update"] = round(step, 2)
-            told["tflop_a_second"] = round(tflop["train"] / step, 1)
-            told["tokens_a_second"] = round(tokens / config.schedule.minibatches / step)
+            lengths = [len(rollout.response_ids) for rollout in run.rollouts.read(0)]
+            told |= {"tokens": sum(lengths), "longest": max(lengths)}
         print(json.dumps(told), flush=True)
-    print(json.dumps({"scored": run.scored.shard(0)}, default=str)[:4000])
+    scored = run.scored.shard(0)
+    print(json.dumps({name: scored[name] for name in ("tokens", "mismatch", "null_drift")}))
     for line in run.metrics_file.read_text().splitlines():
-        print(line[:600])
+        told = json.loads(line)
+        print(
+            json.dumps(
+                {name: told[name] for name in ("update", "loss", "drift_abs", "drift_max", "weight_min")}
+            )
+        )
+
+    batch = full_batch(run)
+    with jax.set_mesh(run.mesh):
+        seconds = []
+        for _ in range(UPDATES):
+            began = time.monotonic()
+            run.state, readings = run.train_step(run.state, batch, run.frozen)
+            jax.block_until_ready((run.state, readings))
+            seconds.append(time.monotonic() - began)
+    middle, tokens = statistics.median(seconds[1:]), int(batch.rows.mask.sum())
+    told = {
+        "full_rows": batch.rows.mask.shape,
+        "seconds_an_update": [round(second, 2) for second in seconds],
+        "tokens_a_second": round(tokens / middle),
+        "tflop_a_second": round(tflop["train"] / middle, 1),
+        "peak_gib": peak_gib(),
+    }
+    print(json.dumps(told), flush=True)
+
+
+def full_batch(run: Run) -> Batch:
+    """The first minibatch with a token of a response at every position."""
+    rollouts = run.scored.read(0)
+    batch = batch_of([rollouts[index] for index in minibatch_plan(run.config, 0)[0]], run.width)
+    tokens = np.random.default_rng(0).integers(run.usable, size=batch.rows.tokens.shape, dtype=np.int32)
+    rows = dataclasses.replace(
+        batch.rows,
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        mask=np.ones(tokens.shape, bool),
+        sequence_ids=np.ones_like(tokens),
+        positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+    )
+    return on_mesh(dataclasses.replace(batch, rows=rows), run.mesh)
 
 
 if __name__ == "__main__":

@@ -252,8 +252,8 @@ def decode(
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
             keys = cache.key.at[index, rows, :, positions].set(key)
             values = cache.value.at[index, rows, :, positions].set(value)
-            past = (x[index].swapaxes(1, 2) for x in (keys, values))
-            return attention(query, *past, mask), Cache(keys, values)
+            past_keys, past_values = (x[index].swapaxes(1, 2) for x in (keys, values))
+            return attention(query, past_keys, past_values, mask), Cache(keys, values)
 
         x, cache, _ = _layer(x, layer, angles, attend, jnp.ones(tokens.shape, bool), config)
         return (x, cache), None

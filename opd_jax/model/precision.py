@@ -17,7 +17,7 @@ def exact_products(dtype: Any) -> contextlib.AbstractContextManager[Any]:
     log-probs of one policy 1e-2 nats apart where float32 brings them 3e-5 (the lab's student on an H100):
     a gate would read that as drift. Who sets ``JAX_DEFAULT_MATMUL_PRECISION`` is obeyed.
     """
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.default_matmul_precision.value  # of the environment, too
     if jnp.dtype(dtype) != jnp.float32 or asked is not None:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[Any] = jax.default_matmul_precision("float32")
