@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=_path, nargs="+", help="run folders")
     report.add_argument("--out", type=_path, default=Path("report.html"), help="page to write")
     plan = command("plan", "Compile a run's programs for devices, and say what they will take.")
-    plan.add_argument("--topology", default="local", help="local, or a TPU topology such as v5e:16x16")
+    plan.add_argument("--topology", default="local", help="local, GPUs (h100:8) or TPUs (v5e:16x16)")
     plan.add_argument("--model", default="", help="the student: a published size, or a checkpoint folder")
     plan.add_argument("--teacher", default="", help="the teacher, likewise")
     plan.add_argument("--json", type=_path, help="write the figures here, too")

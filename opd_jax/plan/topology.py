@@ -1,4 +1,4 @@
-"""Devices to compile for: those at hand, or those of a TPU topology that nobody here owns."""
+"""Devices to compile for: those at hand, or GPUs and topologies of TPUs that nobody here owns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from opd_jax.errors import InputError
+from opd_jax.plan.gpus import GPUS, gpu_devices, gpu_memory
 
 GIB = 2**30
 # High-bandwidth memory that the compiler has of one device, by its kind, as it says where a program is too
@@ -23,9 +24,9 @@ _HBM = {
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of ``local``, or abstract ones of a TPU topology such as ``v5e:16x16``.
+    """The devices of ``local``, or abstract ones: of GPUs (``h100:8``) or of a TPU topology (``v5e:16x16``).
 
-    Abstract devices hold nothing and run nothing, but the TPU compiler compiles for them.
+    Abstract devices hold nothing and run nothing, but their compiler compiles for them.
 
     Raises:
       InputError: there is no such topology, or the compiler is not installed.
@@ -34,8 +35,10 @@ def devices_of(topology: str) -> list[Any]:
         return list(jax.devices())
     if not topology:
         raise InputError(
-            "a topology must have a name: got an empty one; use local, or v5e:16x16, for example"
+            "a topology must have a name: got an empty one; use local, h100:8 or v5e:16x16, for example"
         )
+    if topology.partition(":")[0] in GPUS:
+        return gpu_devices(topology)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU's metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # which share no TPU, for there is none
     from jax.experimental import topologies
@@ -47,8 +50,8 @@ def devices_of(topology: str) -> list[Any]:
     except Exception as error:  # the compiler's own kinds of errors
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"a topology must be local, or one that the TPU compiler knows: got {topology!r} ({reason}); "
-            "use v5e:16x16 or v5p:2x2x2, for example, and install the extra tpu"
+            f"a topology must be local, GPUs ({', '.join(GPUS)}), or one that the TPU compiler knows: got "
+            f"{topology!r} ({reason}); use h100:8 or v5e:16x16, for example, and install the extra gpu or tpu"
         ) from None
     return list(found.devices)
 
@@ -59,5 +62,8 @@ def memory_of(device: Any) -> int | None:
         return _HBM[device.device_kind]
     if device.platform in ("cpu", "tpu"):
         return None
-    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # one that is not here
+        return gpu_memory(device.device_kind)
     return limit

@@ -75,7 +75,10 @@ def test_a_mesh_splits_it_and_one_model_at_a_time_leaves_the_other_out(tmp_path,
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--topology=v9:1x1"], "a topology must be local, or one that the TPU compiler knows"),
+        (
+            ["--topology=v9:1x1"],
+            "a topology must be local, GPUs (t4, a100-40gb, a100-80gb, h100, h200, b200), or one that",
+        ),
         (["--model=nowhere"], "or name one of qwen3-0.6b"),
         (
             ["--mesh.fsdp=8", "--schedule.minibatches=4"],

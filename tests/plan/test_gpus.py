@@ -1,0 +1,85 @@
+"""Plans for GPUs that are not here: by their own compiler where that is installed, and refused in words."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from opd_jax.errors import InputError
+from opd_jax.lab import student, teacher
+from opd_jax.model.forward import empty_cache
+from opd_jax.model.presets import preset
+from opd_jax.plan import devices_of
+from opd_jax.plan.command import plan
+from opd_jax.plan.gpus import GPUS, gpu_memory
+from opd_jax.plan.topology import GIB, memory_of
+from tests.conftest import tiny_config
+
+INSTALLED = bool(
+    importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")
+)
+compiled = pytest.mark.skipif(not INSTALLED, reason="needs the extra gpu")
+
+
+@pytest.mark.parametrize("topology", ["h100:0", "h100:8x", "h100:x8", "h100:2x2x2", "t4:-1", "h100:eight"])
+def test_a_topology_of_gpus_that_is_none_is_refused(topology):
+    with pytest.raises(InputError, match="use h100:8 or h100:2x8"):
+        devices_of(topology)
+
+
+@pytest.mark.skipif(INSTALLED, reason="it is installed")
+def test_without_their_compiler_the_extra_is_named():
+    with pytest.raises(InputError, match="install the extra gpu"):
+        devices_of("h100:8")
+
+
+@pytest.mark.parametrize(("share", "gib"), [(None, 59.33), ("", 59.33), ("0.95", 75.15)])
+def test_memory_is_the_share_that_jax_takes(monkeypatch, share, gib):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if share is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    assert gpu_memory(GPUS["h100"].kind) == pytest.approx(gib * GIB, rel=1e-3)
+    assert gpu_memory("a kind nobody knows") is None
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("name", GPUS)
+def test_devices_say_what_they_are(name):
+    hosts = devices_of(f"{name}:2x4")
+    assert [device.process_index for device in hosts] == [0] * 4 + [1] * 4
+    assert {device.platform for device in hosts} == {"gpu"}
+    assert {device.device_kind for device in hosts} == {GPUS[name].kind}
+    assert {device.compute_capability for device in hosts} == {"{}.{}".format(*GPUS[name].capability)}
+    assert memory_of(hosts[0]) == gpu_memory(GPUS[name].kind)
+
+
+@pytest.mark.slow
+@compiled
+def test_the_programs_of_a_run_compile_for_gpus():
+    config = tiny_config("--mesh.fsdp=4", "--model.compute_dtype=bfloat16", "--sampling.prompts=8")
+    programs, memory, about = plan(config, str(student()), str(teacher()), "a100-80gb:4")
+    assert "4 of 4 devices, NVIDIA A100-SXM4-80GB" in about
+    assert "attention kernel cudnn" in about
+    for program in programs:
+        assert not program.error
+        assert 0 < program.total < memory / 100
+    here, _, _ = plan(config, str(student()), str(teacher()), "local")
+    for there, same in zip(programs, here, strict=True):
+        for kind in ("student", "teacher", "optimizer"):
+            assert there.arguments.get(kind) == same.arguments.get(kind)
+    assert programs[-1].traffic["all-gather"] > 0
+
+
+@pytest.mark.slow
+@compiled
+def test_a_step_of_sampling_holds_its_cache_once():
+    config = tiny_config("--sampling.slots=64", "--sampling.max_prompt=1024", "--sampling.max_response=1025")
+    programs, _, _ = plan(config, "qwen3-0.6b", "qwen3-0.6b", "h100")
+    model = dataclasses.replace(preset("qwen3-0.6b"), compute_dtype="float32")
+    cache = jax.eval_shape(lambda: empty_cache(model, 64, 2048))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    (sampling,) = (program for program in programs if program.name == "sample")
+    assert sampling.arguments["cache"] >= size
+    assert sampling.temporary < size / 4
