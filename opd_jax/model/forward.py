@@ -224,6 +224,35 @@ def empty_cache(config: Qwen3Config, rows: int, slots: int) -> Cache:
     return Cache(zeros, zeros)
 
 
+def prompt_cache(params: Params, tokens: jax.Array, sequence_ids: jax.Array, config: Qwen3Config) -> Cache:
+    """Keys and values of prompts, read whole by the kernel that reads rows.
+
+    Args:
+      params: parameters.
+      tokens: ``[B, T]`` int32, one prompt a row, padded on the right.
+      sequence_ids: ``[B, T]`` int32, 1 at the prompt and 0 at padding, which gets keys and values as well.
+      config: dimensions.
+
+    Returns:
+      A cache of T slots.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    angles = rotary_angles(positions, config)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
+        attended = row_attention(query, key, value, sequence_ids, config.attention)
+        kept = (constrain(x.swapaxes(1, 2), "batch", "kv_heads", "length", "head_dim") for x in (key, value))
+        return attended, Cache(*kept)
+
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Cache]:
+        x, cache, _ = _layer(x, layer, angles, attend, sequence_ids > 0, config)
+        return x, cache
+
+    with exact_products(config.compute_dtype):
+        _, cache = jax.lax.scan(body, _embed(params, tokens, config), params["layers"])
+    return cache
+
+
 def decode(
     params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache, config: Qwen3Config
 ) -> tuple[jax.Array, Cache]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from opd_jax.errors import InputError
 
+FUSED = 128  # positions: fused kernels read rows in multiples of it
+
 
 class KernelChoice(NamedTuple):
     """Which attention kernel runs, and why in one clause."""
@@ -116,10 +118,10 @@ def _splash_obstacle(platform: str, dtype: Any, length: int, head_dim: int) -> s
         return f"splash attention runs on TPUs: got {platform}; run on one"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"splash attention reads bfloat16 or float32: got {jnp.dtype(dtype)}; compute in bfloat16"
-    if length % 128:
+    if length % FUSED:
         return (
             f"splash attention needs rows of a multiple of 128 positions: got {length}; "
-            f"pad rows to {-(-length // 128) * 128}"
+            f"pad rows to {-(-length // FUSED) * FUSED}"
         )
     # Narrower heads compile, but jax tests the kernel at these widths alone.
     if head_dim % 128:

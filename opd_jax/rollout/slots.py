@@ -18,7 +18,8 @@ from flax import struct
 
 from opd_jax.keys import rollout_keys, token_keys
 from opd_jax.model.config import Qwen3Config
-from opd_jax.model.forward import Cache, decode, empty_cache, logits
+from opd_jax.model.forward import Cache, decode, empty_cache, logits, prompt_cache
+from opd_jax.model.kernels import FUSED
 from opd_jax.model.sharding import can_split, constrain, everywhere, in_mesh, partition, ways_of
 from opd_jax.rollout.sampling import sample_token
 from opd_jax.types import Params
@@ -148,11 +149,7 @@ def make_sampler(
 
     def fill(params: Params, state: State, group: Group) -> State:
         params = _computed(params, config)
-        positions = jnp.broadcast_to(jnp.arange(max_prompt), group.prompts.shape)
-        # As long as the slots' own: a CPU sums a softmax over as many terms as there are, masked or not.
-        empty = empty_cache(config, len(group.lengths), max_prompt + max_response - 1)
-        _, cache = decode(params, group.prompts, positions, empty, config)
-        cache = jax.tree.map(lambda x: x[:, :, :, :max_prompt], cache)
+        cache = _read_prompts(params, group, config, max_prompt + max_response - 1)
         roots, last = jax.random.wrap_key_data(group.roots), group.lengths[:, None] - 1
         rows = Rows(
             key=jax.random.key_data(rollout_keys(roots, group.problems, group.samples)),
@@ -229,6 +226,21 @@ def make_sampler(
 def _computed(params: Params, config: Qwen3Config) -> Params:
     # Once, not at every step: a layer computes in this dtype anyway.
     return jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
+
+
+def _read_prompts(params: Params, group: Group, config: Qwen3Config, slots: int) -> Cache:
+    """Keys and values of a group's prompts, ``[L, F, M, P, H]``."""
+    longest = group.prompts.shape[1]
+    if config.attention == "xla":
+        positions = jnp.broadcast_to(jnp.arange(longest), group.prompts.shape)
+        # As long as the slots' own: a CPU sums a softmax over as many terms as there are, masked or not.
+        empty = empty_cache(config, len(group.lengths), slots)
+        _, cache = decode(params, group.prompts, positions, empty, config)
+    else:
+        prompts = jnp.pad(group.prompts, [(0, 0), (0, -longest % FUSED)])
+        inside = jnp.arange(prompts.shape[1]) < group.lengths[:, None]
+        cache = prompt_cache(params, prompts, inside.astype(jnp.int32), config)
+    return jax.tree.map(lambda x: x[:, :, :, :longest], cache)
 
 
 def placement(state: State) -> State:

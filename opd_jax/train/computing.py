@@ -9,11 +9,9 @@ from jax.sharding import Mesh
 
 from opd_jax.config import Config, SamplingConfig
 from opd_jax.model import Qwen3Config
-from opd_jax.model.kernels import KernelChoice, choose_kernel
+from opd_jax.model.kernels import FUSED, KernelChoice, choose_kernel
 from opd_jax.model.lora import LoraConfig
 from opd_jax.model.sharding import MESH_AXES, RULES, SPREAD, Rules, make_mesh
-
-FUSED = 128  # positions: fused kernels read rows in multiples of it
 
 
 def computed(model: Qwen3Config, config: Config, mesh: Mesh) -> Qwen3Config:

@@ -12,6 +12,7 @@ import numpy as np
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop
+from opd_jax.model.kernels import FUSED
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import first_alone
 from opd_jax.rollout.rows import Packing, lengths_of, spread
@@ -31,7 +32,6 @@ from opd_jax.rollout.scratch import Arrays, Scratch, clear_work
 from opd_jax.rollout.store import Rollout
 from opd_jax.train.choices import stored_extras
 from opd_jax.train.collect import draws_of_round, found_by_all, minibatch_plan, writing
-from opd_jax.train.computing import FUSED
 from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run

@@ -1,5 +1,6 @@
 """Splash attention against the plain one: interpreted where there is no TPU, and compiled for one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from opd_jax.model import make_mesh, splash
+from opd_jax.model import make_mesh, splash, token_logprobs
 from opd_jax.model.attention import row_attention
 from opd_jax.model.sharding import MESH_AXES, partition
+from opd_jax.rollout import Request, make_rows, make_sampler, sample
 from tests.model.test_attention import arrays
 
 
@@ -156,3 +158,21 @@ def test_splash_compiles_for_a_tpu(monkeypatch, length, heads, kv_heads):
     assert "all-gather" not in program
     # A head's scores alone would be 2 T^2 bytes.
     assert compiled.memory_analysis().temp_size_in_bytes < max(2 * length**2, 2**20)
+
+
+def test_prompts_read_by_the_kernel_are_gone_on_from(interpreted, small):
+    """Rollouts whose prompts the kernel read have the log-probs of whole rows, read without it."""
+    config, params = small
+    config = dataclasses.replace(config, attention="splash")
+    sampler = make_sampler(
+        config, slots=3, max_prompt=7, max_response=6, temperature=0.7, top_p=1.0, usable=config.vocab_size
+    )
+    prompts = [np.arange(1, 1 + length) for length in (7, 1, 4)]
+    requests = [Request(ids, problem, 0) for problem, ids in enumerate(prompts)]
+    drawn = list(sample(sampler, params, requests, jax.random.key(0)))
+    rows = jax.tree.map(jnp.asarray, make_rows(prompts, [one.ids for one in drawn], 128))
+    plain = dataclasses.replace(config, attention="xla")
+    want = np.asarray(token_logprobs(params, rows, plain, temperature=0.7))
+    for row, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
+        first = len(prompt) - 1
+        np.testing.assert_allclose(one.logprobs, want[row, first : first + len(one.logprobs)], atol=1e-5)
