@@ -97,6 +97,11 @@ REASONS: dict[tuple[str, str, str], str] = {
     ),
     (
         "losses.py",
+        "SMALLEST_LOGPROB = -1e5",
+        "100001.0",
+    ): "exp of either is 0, and what it multiplies is 0 too",
+    (
+        "losses.py",
         "return jnp.where(some, jnp.log(-jnp.expm1(jnp.where(some, inside, -1.0))), jnp.log(SMALLEST_TAIL))",
         "2.0",
     ): "any number below 0 does: what is made of it is not taken",
