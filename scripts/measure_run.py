@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     given, overrides = parser.parse_known_args()
     models = {
-        role: make_model(given.folder / role, name, seed)
+        role: make_model(given.folder / f"{role}-{name}", name, seed)
         for seed, (role, name) in enumerate((("student", given.student), ("teacher", given.teacher)))
     }
     problems = ["--problems.train=lab:train", "--problems.heldout=lab:heldout", "--schedule.rounds=1"]

@@ -64,6 +64,7 @@ def tip(
     Array([[0., 0., 0., 0., 0., 1.],
            [1., 0., 1., 0., 0., 1.]], dtype=float32)
     """
+    entropy, kl = jax.lax.stop_gradient((entropy, kl))  # a least value over devices has no derivative
     highest = masked_quantile(entropy, mask, clip_quantile, axis_name)
     h = _min_max(jnp.minimum(entropy, highest), mask, axis_name)
     k = _min_max(kl, mask, axis_name)

@@ -7,6 +7,7 @@ Figures are those the devices tell of themselves: A100, H100, H200 and B200 as O
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -43,6 +44,9 @@ GPUS = {
     "b200": Gpu("NVIDIA B200", (10, 0), 148, 191_514_411_008, 7672e9, 132_644_864, 1.965, 233_472),
 }
 
+SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+MOST = 100_000  # GPUs, of a topology
+
 
 def gpu_devices(topology: str) -> list[Any]:
     """Abstract GPUs: ``h100`` is one, ``h100:8`` a host of eight, ``h100:2x8`` two such hosts.
@@ -50,13 +54,14 @@ def gpu_devices(topology: str) -> list[Any]:
     Raises:
       InputError: there is no such topology, or the compiler is not installed.
     """
-    name, _, size = topology.partition(":")
-    shape = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size or "1")
-    if name not in GPUS or not shape:
+    name, colon, size = topology.partition(":")
+    shape = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size if colon else "1")
+    if name not in GPUS or not shape or int(shape[1] or 1) * int(shape[2]) > MOST:
         raise InputError(
-            f"a topology of GPUs is one of {', '.join(GPUS)}, then how many: got {topology!r}; "
-            "use h100:8 or h100:2x8, for example"
+            f"a topology of GPUs is one of {', '.join(GPUS)}, then how many, up to {MOST:,}: got "
+            f"{topology!r}; use h100:8 or h100:2x8, for example"
         )
+    _share()  # jax would not read its environment either
     # There is no driver to be of the right version.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
@@ -79,9 +84,25 @@ def gpu_memory(kind: str) -> int | None:
     """Bytes that jax takes of a GPU of this kind, which is 3/4 unless the environment says otherwise."""
     for gpu in GPUS.values():
         if gpu.kind == kind:
-            share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
-            return int(gpu.memory * float(share))
+            return int(gpu.memory * _share())
     return None
+
+
+def _share() -> float:
+    """The share of a GPU's memory that jax takes, by the two names that it has in the environment."""
+    asked = {name: os.environ[name] for name in SHARE if os.environ.get(name)}
+    said = " and ".join(f"{name}={value}" for name, value in asked.items())
+    if len(asked) > 1:
+        raise InputError(f"a share of a GPU's memory is given once: got {said}; drop one of them")
+    try:
+        share = float(*asked.values()) if asked else 0.75
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise InputError(
+            f"a share of a GPU's memory must be a number above 0: got {said}; use 0.9, for example"
+        )
+    return share
 
 
 def _target(gpu: Gpu) -> str:

@@ -23,6 +23,7 @@ from opd_jax.method import (
 )
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.moe import routing_readings
+from opd_jax.model.precision import exact_products
 from opd_jax.train.choices import base_loss, gate_options
 from opd_jax.train.fields import drawn_fields, read_fields
 from opd_jax.types import Batch, Params
@@ -72,7 +73,8 @@ def gradient_of(
         )
         return result.loss, (fields, result)
 
-    (_, (fields, result)), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    with exact_products(model.compute_dtype):
+        (_, (fields, result)), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
     return gradient, read(config, jax.lax.stop_gradient(fields), *result)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from opd_jax.config import Config
 from opd_jax.method import Share, divisor, drift_weights, masked, merge, rescale, share, token_share
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.precision import exact_products
 from opd_jax.train.choices import base_loss, gate_options, is_linear
 from opd_jax.train.fields import drawn_fields, read_fields
 from opd_jax.train.gradient import Readings, read
@@ -125,7 +126,8 @@ def _in_one_sweep(params: Params, parts: Any, config: Config, read_part: Any) ->
 
     def add(so_far: tuple[Params, Share], part: Any) -> tuple[tuple[Params, Share], dict]:
         gradient, total = so_far
-        (_, (mine, fields)), more = jax.value_and_grad(loss, has_aux=True)(params, part)
+        with exact_products(config.model.compute_dtype):
+            (_, (mine, fields)), more = jax.value_and_grad(loss, has_aux=True)(params, part)
         both = merge(total, mine, tau)
         gradient = jax.tree.map(
             lambda a, b: rescale(a, total.least, both.least, tau) + rescale(b, mine.least, both.least, tau),
@@ -153,7 +155,8 @@ def _in_two_sweeps(params: Params, parts: Any, config: Config, read_part: Any) -
         return jnp.sum(weight * masked(base_loss(config, fields), fields["mask"])) / by
 
     def add(so_far: tuple[Params, Array], now: Any) -> tuple[tuple[Params, Array], None]:
-        value, more = jax.value_and_grad(loss)(params, *now)
+        with exact_products(config.model.compute_dtype):
+            value, more = jax.value_and_grad(loss)(params, *now)
         return (jax.tree.map(jnp.add, so_far[0], more), so_far[1] + value), None
 
     start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))

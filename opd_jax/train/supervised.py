@@ -10,6 +10,7 @@ import optax
 from opd_jax.method.losses import cross_entropy
 from opd_jax.method.objective import token_mean
 from opd_jax.model.config import Qwen3Config
+from opd_jax.model.precision import exact_products
 from opd_jax.model.vocab import token_logprobs
 from opd_jax.types import Params, Rows
 
@@ -29,7 +30,8 @@ def make_supervised_step(config: Qwen3Config, optimizer: optax.GradientTransform
     def step(
         params: Params, opt_state: optax.OptState, rows: Rows
     ) -> tuple[Params, optax.OptState, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(params, rows)
+        with exact_products(config.compute_dtype):
+            value, gradient = jax.value_and_grad(loss)(params, rows)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 

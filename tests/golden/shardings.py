@@ -9,6 +9,7 @@ step, forward and backward, and what the functions of one device's part take and
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -95,7 +96,7 @@ def _activations(
 def _counted(case: Case, config: Config, state: Any, batch: Any, forward: Any, mesh: Any) -> list[str]:
     """How often each thing is pinned in one reading of a row, of prompts, and of a token."""
     sampler = make_sampler(
-        preset(case.model),
+        dataclasses.replace(preset(case.model), attention="splash"),
         slots=case.rows,
         max_prompt=LENGTH,
         max_response=LENGTH,

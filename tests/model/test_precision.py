@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.extend import core
 
@@ -12,6 +13,7 @@ from opd_jax.model import init_params, token_logprobs
 from opd_jax.model.forward import decode, empty_cache, logits
 from opd_jax.model.lora import LoraConfig, init_lora, on_top
 from opd_jax.rollout import make_rows
+from opd_jax.train.supervised import make_supervised_step
 
 FULL = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
@@ -65,6 +67,17 @@ def test_every_product_of_float32_is_exact(small, mixture):
     for dtypes, precision in all_products(small, mixture, "float32"):
         assert dtypes == ("float32", "float32")
         assert precision == FULL
+
+
+def test_so_are_those_of_a_kernel_with_a_backward_pass_of_its_own(small):
+    config = dataclasses.replace(small[0], head_dim=128, attention="splash")
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    optimizer = optax.sgd(1.0)
+    step = make_supervised_step(config, optimizer)
+    rows = jax.tree.map(jnp.asarray, make_rows([np.arange(3)], [np.arange(4)], 128))
+    found = list(products(jax.make_jaxpr(step)(params, jax.eval_shape(optimizer.init, params), rows).jaxpr))
+    assert len(found) > 20
+    assert {precision for _, precision in found} == {FULL}
 
 
 def test_products_of_bfloat16_are_left_alone(small):

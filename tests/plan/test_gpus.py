@@ -12,7 +12,7 @@ from opd_jax.model.forward import empty_cache
 from opd_jax.model.presets import preset
 from opd_jax.plan import devices_of
 from opd_jax.plan.command import plan
-from opd_jax.plan.gpus import GPUS, gpu_memory
+from opd_jax.plan.gpus import GPUS, SHARE, gpu_memory
 from opd_jax.plan.topology import GIB, memory_of
 from tests.conftest import tiny_config
 
@@ -22,7 +22,10 @@ INSTALLED = bool(
 compiled = pytest.mark.skipif(not INSTALLED, reason="needs the extra gpu")
 
 
-@pytest.mark.parametrize("topology", ["h100:0", "h100:8x", "h100:x8", "h100:2x2x2", "t4:-1", "h100:eight"])
+@pytest.mark.parametrize(
+    "topology",
+    ["h100:", "h100:0", "h100:8x", "h100:x8", "h100:2x2x2", "t4:-1", "h100:eight", "h100:5000x5000"],
+)
 def test_a_topology_of_gpus_that_is_none_is_refused(topology):
     with pytest.raises(InputError, match="use h100:8 or h100:2x8"):
         devices_of(topology)
@@ -34,13 +37,34 @@ def test_without_their_compiler_the_extra_is_named():
         devices_of("h100:8")
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    for name in SHARE:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", SHARE)
 @pytest.mark.parametrize(("share", "gib"), [(None, 59.33), ("", 59.33), ("0.95", 75.15)])
-def test_memory_is_the_share_that_jax_takes(monkeypatch, share, gib):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+def test_memory_is_the_share_that_jax_takes(environment, name, share, gib):
     if share is not None:
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+        environment.setenv(name, share)
     assert gpu_memory(GPUS["h100"].kind) == pytest.approx(gib * GIB, rel=1e-3)
     assert gpu_memory("a kind nobody knows") is None
+
+
+@pytest.mark.parametrize("share", ["abc", "75%", "nan", "inf", "0", "-1"])
+def test_a_share_that_is_none_is_refused(environment, share):
+    environment.setenv(SHARE[1], share)
+    with pytest.raises(InputError, match=f"must be a number above 0: got {SHARE[1]}={share}"):
+        devices_of("h100")
+
+
+def test_a_share_is_given_once(environment):
+    for name in SHARE:
+        environment.setenv(name, "0.9")
+    with pytest.raises(InputError, match="is given once"):
+        devices_of("h100")
 
 
 @pytest.mark.slow

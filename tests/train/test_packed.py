@@ -257,7 +257,7 @@ def test_a_packed_round_starts_without_drift(ragged, tmp_path):
 @pytest.mark.parametrize("mesh", [(), ("--mesh.data=2",)])
 def test_a_packed_run_is_a_run(tmp_path, mesh):
     # Rows that hold two answers and more: the lab's have some thirty tokens.
-    long = ("--sampling.max_response=90", "--schedule.rounds=2", "--log.diagnose_every=3", "--log.rows=3")
+    long = ("--sampling.max_response=90", "--schedule.rounds=2", "--log.diagnose_every=4", "--log.rows=3")
     config = tiny_config(*long, "--schedule.rows=packed", "--schedule.microbatches=2", *mesh)
     run = open_run(tmp_path / "run", config)
     distill(run, ignore, never)
