@@ -157,14 +157,29 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if sequence_ids is None:
         sequence_ids = jnp.ones_like(tokens)
+    x, (routing, _) = _read_rows(params, tokens, positions, sequence_ids, config, lambda key, value: ())
+    return x, routing
+
+
+def _read_rows(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    sequence_ids: jax.Array,
+    config: Qwen3Config,
+    keep: Callable[[jax.Array, jax.Array], Any],
+) -> tuple[jax.Array, tuple[Routing | None, Any]]:
+    """All layers over whole rows: the last residual stream, and of every layer the routing and what
+    ``keep`` makes of its keys and values ``[B, T, M, H]``.
+    """
     angles = rotary_angles(positions, config)
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple]:
-        return row_attention(query, key, value, sequence_ids, config.attention), ()
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+        return row_attention(query, key, value, sequence_ids, config.attention), keep(key, value)
 
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Routing | None]:
-        x, _, routing = _layer(x, layer, angles, attend, sequence_ids > 0, config)
-        return x, routing
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, tuple[Routing | None, Any]]:
+        x, kept, routing = _layer(x, layer, angles, attend, sequence_ids > 0, config)
+        return x, (routing, kept)
 
     with exact_products(config.compute_dtype):
         return jax.lax.scan(REMAT[config.remat](body), _embed(params, tokens, config), params["layers"])
@@ -236,21 +251,13 @@ def prompt_cache(params: Params, tokens: jax.Array, sequence_ids: jax.Array, con
     Returns:
       A cache of T slots.
     """
+
+    def keep(*of_layer: jax.Array) -> Cache:
+        heads_first = (x.swapaxes(1, 2) for x in of_layer)
+        return Cache(*(constrain(x, "batch", "kv_heads", "length", "head_dim") for x in heads_first))
+
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    angles = rotary_angles(positions, config)
-
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
-        attended = row_attention(query, key, value, sequence_ids, config.attention)
-        kept = (constrain(x.swapaxes(1, 2), "batch", "kv_heads", "length", "head_dim") for x in (key, value))
-        return attended, Cache(*kept)
-
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Cache]:
-        x, cache, _ = _layer(x, layer, angles, attend, sequence_ids > 0, config)
-        return x, cache
-
-    with exact_products(config.compute_dtype):
-        _, cache = jax.lax.scan(body, _embed(params, tokens, config), params["layers"])
-    return cache
+    return _read_rows(params, tokens, positions, sequence_ids, config, keep)[1][1]
 
 
 def decode(

@@ -62,8 +62,7 @@ def peak_of(run: Run) -> str:
     """
     check_choices(run.config)
     programs = compile_programs(run.config, run.model, run.teacher_model, run.mesh, run.usable)
-    here = (device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
-    memory = memory_of(next(here, run.mesh.devices.flat[0]))
+    memory = memory_of(run.mesh.local_devices[0])  # others' devices do not tell
     check_fit(programs, memory)
     most = max(programs, key=lambda program: program.total)
     of = "" if memory is None else f" of {memory / GIB:.2f}"
