@@ -7,6 +7,7 @@ Figures are those the devices tell of themselves: A100, H100, H200 and B200 as O
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 import os
 import re
@@ -66,18 +67,26 @@ def gpu_devices(topology: str) -> list[Any]:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
 
+    said = {"target_config": _target(GPUS[name]), "topology": f"1x{shape[1] or 1}x{shape[2]}"}
     try:
-        found = topologies.get_topology_desc(
-            platform="cuda",
-            target_config=_target(GPUS[name]),
-            topology=f"1x{shape[1] or 1}x{shape[2]}",
-        )
+        try:
+            found = topologies.get_topology_desc(platform="cuda", **said)
+        except NotImplementedError:
+            _register()
+            found = topologies.get_topology_desc(platform="cuda", **said)
     except Exception as error:  # the compiler's own kinds of errors
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"a topology of GPUs needs their compiler: got {topology!r} ({reason}); install the extra gpu"
         ) from None
     return list(found.devices)
+
+
+def _register() -> None:
+    """Jax looks for compilers once, at its first operation, and passed one over that found no driver then."""
+    for plugin in importlib.metadata.entry_points(group="jax_plugins"):
+        if plugin.name.startswith("xla_cuda"):
+            plugin.load().initialize()
 
 
 def gpu_memory(kind: str) -> int | None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -77,6 +80,17 @@ def test_devices_say_what_they_are(name):
     assert {device.device_kind for device in hosts} == {GPUS[name].kind}
     assert {device.compute_capability for device in hosts} == {"{}.{}".format(*GPUS[name].capability)}
     assert memory_of(hosts[0]) == gpu_memory(GPUS[name].kind)
+
+
+@pytest.mark.slow
+@compiled
+def test_gpus_are_planned_for_where_jax_is_at_work_already():
+    """It looked for a driver when it began, and none was here."""
+    code = "import jax; jax.devices(); from opd_jax.plan import devices_of; print(len(devices_of('h100:8')))"
+    apart = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    env = {name: value for name, value in os.environ.items() if name not in apart}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "8", done.stderr
 
 
 @pytest.mark.slow
