@@ -7,7 +7,10 @@ Two problems are compared as lists of *symbols* (words, numbers, LaTeX commands 
 - ``\begin{...}``, ``\end{...}``, math delimiters (``$``, ``\(``, ``\[``), spacing (``\,``, ``\quad``, ``~``,
   ``\\``), sizes (``\left``, ``\big``), styles (``\displaystyle``) and fonts (``\text``, ``\mathrm``) go;
 - ``\dfrac`` and ``\tfrac`` are ``\frac``, ``\leq`` is ``\le``, and so on; ``\%`` is ``%``;
-- commas between thousands are dropped, and so is all other punctuation, braces included.
+- commas between thousands are dropped, and so is all other punctuation.
+
+Braces are symbols where an argument or a script of more than one stands in them: ``\sqrt{x+1}`` is not
+``\sqrt{x}+1``, but ``x^{2}`` is ``x^2``, and ``{x+1}`` by itself is ``x+1``. ``\{`` is a bracket like ``[``.
 
 A training problem is *contaminated* by a held-out one under the first of these rules that holds:
 
@@ -42,13 +45,19 @@ CONTAINED_SYMBOLS = 8
 COPIED = 0.6  # share of a held-out problem's words in runs that make a copy of what is common
 COMMON = 10  # problems that may share a run of words before it counts as phrasing
 
-_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?")
+# A system's one brace goes with its environment: ``cases`` has it without a word.
+_ENVIRONMENT = re.compile(r"(?:\\left\s*\\\{\s*)?\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?")
 _LAYOUT = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|(?:display|text|script)style|(?:no)?limits|q?quad"
-    r"|text(?:bf|it|rm|tt|sf)?|math(?:rm|bf|it|bb|cal|sf|frak)|operatorname\*?|mbox|hbox"
     r"|[hv]space\*?\s*\{[^{}]*\})(?![a-zA-Z])"
     r"|\\[,;:!> \n()\[\]\\]|[$~]"
 )
+_FONT = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf)?|math(?:rm|bf|it|bb|cal|sf|frak)|operatorname\*?|mbox|hbox)(?![a-zA-Z])"
+    r"\s*(\{?)"
+)
+_FONT_BRACE = "\\ {"  # what is left of a font
+_INFIX = (r"\choose", r"\over", r"\atop")
 _SAME = {
     "dfrac": "frac",
     "tfrac": "frac",
@@ -70,7 +79,7 @@ _COMMAND = re.compile(r"\\([a-z]+)")
 _SCRIPT = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: a character is a word
 _WORD = re.compile(rf"\\[a-z]+|[{_SCRIPT}]|[^\W_{_SCRIPT}]+")
 _SIGNS = r"[-+*/^=<>|!%'()\[\]_\u00b0\u00b1\u00d7\u00f7\u2190-\u22ff]|(?<=\d)\.(?=\d)"
-_SYMBOL = re.compile(f"{_WORD.pattern}|{_SIGNS}")
+_SYMBOL = re.compile(rf"{_WORD.pattern}|{_SIGNS}|\\ ?\{{|\\?[{{}}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,8 @@ def plain(text: str) -> str:
     ['find', '\\frac{1}{2}', '(x+1000', ')', '.']
     """
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
-    text = _LAYOUT.sub(" ", _ENVIRONMENT.sub(" ", text)).lower()
+    text = _LAYOUT.sub(" ", _ENVIRONMENT.sub(" ", text))
+    text = _FONT.sub(r" \\ \1", text).lower()
     text = _COMMAND.sub(lambda match: "\\" + _SAME.get(match[1], match[1]), text)
     return re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
 
@@ -107,12 +117,47 @@ def words(text: str) -> list[str]:
 
 
 def symbols(text: str) -> tuple[str, ...]:
-    r"""The same with operators and brackets, so that ``x+1`` and ``x-1`` differ.
+    r"""The same with operators, brackets, and the braces of arguments of more than one symbol.
 
     >>> symbols(r"$x + 1.5$") == symbols("x+1.5."), symbols("x+1") == symbols("x-1")
     (True, False)
+    >>> symbols(r"\frac{6}{x+1}"), symbols(r"\frac{6}{x}+1")
+    (('\\frac', '6', '{', 'x', '+', '1', '}'), ('\\frac', '6', 'x', '+', '1'))
     """
-    return tuple(_SYMBOL.findall(plain(text)))
+    found: list[str] = []
+    opened: list[int] = []  # places in `found` of the braces that are open
+    held = [0]  # symbols and groups in the text itself, then in each of these braces
+    earlier = before = ""
+    for token in _SYMBOL.findall(plain(text)):
+        if token in ("{", _FONT_BRACE):
+            opened.append(len(found))
+            held.append(0)
+            found.append("{" if _is_argument(token, earlier, before) else "")
+        elif token == "}" and opened:
+            start, count = opened.pop(), held.pop()
+            if found[start] and count > 1:
+                found.append("}")
+                count = 1
+            else:
+                found[start] = ""
+            held[-1] += count
+        elif token != "}":
+            if token in _INFIX and opened:  # whose arguments are all that its braces hold
+                found[opened[-1]] = "{"
+            found.append(token[-1] if token in (r"\{", r"\}") else token)
+            held[-1] += 1
+        earlier, before = before, token
+    for start in opened:  # and never closed
+        found[start] = ""
+    return tuple(filter(None, found))
+
+
+def _is_argument(brace: str, earlier: str, before: str) -> bool:
+    r"""Whether a brace opens a script or an argument: ``^{``, ``\sqrt{``, ``\frac{1}{``, ``\frac1{``."""
+    is_script = before in ("^", "_")
+    if brace == _FONT_BRACE:
+        return is_script
+    return is_script or before in ("]", "}") or any(map(_COMMAND.fullmatch, (earlier, before)))
 
 
 def deduplicate(problems: Sequence[Problem], source: str = "") -> tuple[list[Problem], list[Pair]]:

@@ -32,6 +32,16 @@ def rules(trained, heldout, **options):
         (r"\left(\text{area}\right)", "(area)"),
         ("Jackson\u2019s 10% of $f'(x)$", r"Jackson's $10\%$ of $f^{}'(x)$".replace("^{}", "")),
         ("函数 $f(x)$", "函数f(x)"),
+        (r"$x^{2}=\sqrt{{x+1}}$", r"$x^2=\sqrt{x+1}$"),
+        (r"$\sqrt{x}$\textbf{ is even or $\sqrt{x+1}$}", r"$\sqrt x$ is even or $\sqrt{x+1}$"),
+        (r"\left\{\begin{array}{l}x+y=1\\x-y=3\end{array}\right.", r"\begin{cases}x+y=1\\x-y=3\end{cases}"),
+        (r"$\left\{x\right\}$ or ${1,2}$", r"$\{x\}$ or $1,2$"),
+        (
+            r"\underbrace{9\ldots9}_\text{3 digits} of $\dfrac1{k^2+k}$",
+            r"\underbrace{9\cdots9}_{3 ~digits} of \frac{1}{k^2+k}",
+        ),
+        (r"$k ~ \mbox{is an integer}$", r"$k ~ {is ~an~ integer}$"),
+        ("2^{x+1", "2^x+1}"),
     ],
 )
 def test_the_same_in_other_clothes(a, b):
@@ -47,6 +57,16 @@ def test_the_same_in_other_clothes(a, b):
         (r"\frac{1}{23}", r"\frac{12}{3}"),
         ("x≤1", "x≥1"),
         ("x!", "x"),
+        (r"\sqrt{x+1}=3", r"\sqrt{x}+1=3"),
+        (r"\frac{6}{x+1}=2", r"\frac{6}{x}+1=2"),
+        ("2^{x+1}=9", "2^{x}+1=9"),
+        (r"{n+1 \choose k}", r"n+{1 \choose k}"),
+        (r"\sqrt{\text{area of it} + 1}", r"\sqrt{\text{area of it}} + 1"),
+        (r"\sqrt{\{x+1\}}", r"\sqrt{x+1}"),
+        (r"\{x+1\}", r"\{x\}+1"),
+        (r"\frac1{x+1}", r"\frac1{x}+1"),
+        (r"\sqrt[3]{x+1}", r"\sqrt[3]{x}+1"),
+        (r"{x+1 \over y}", r"x+{1 \over y}"),
     ],
 )
 def test_what_differs(a, b):
