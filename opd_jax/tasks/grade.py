@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
-_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")  # not "1 2", which is no 12
+_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # not that of "1 2", which is no 12
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 
 
 def boxed(text: str) -> str | None:
@@ -14,13 +15,17 @@ def boxed(text: str) -> str | None:
     >>> boxed(r"so \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    return None
+    # Read once, whatever a model that loops has written: braces are matched by those that are open.
+    opened: list[tuple[int, bool]] = []  # where what they hold begins, and whether it is a box
+    last = None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened:
+            start, is_box = opened.pop()
+            if is_box and (last is None or start > last.start):
+                last = slice(start, brace.start())
+    return None if last is None else text[last]
 
 
 def grade(response: str, gold: str) -> bool:
@@ -35,7 +40,7 @@ def grade(response: str, gold: str) -> bool:
     answer = boxed(response)
     if answer is None:
         return False
-    answer, gold = (_SPACE.sub("", text.strip()) for text in (answer, gold))
+    answer, gold = (_SPACE.sub("", " ".join(text.split())) for text in (answer, gold))
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return _canonical(answer) == _canonical(gold)
     return answer == gold
