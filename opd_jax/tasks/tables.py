@@ -141,12 +141,39 @@ def _line_rows(file: Path) -> Iterator[Row]:
             continue
         where = f"line {number} of {file}"
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_object)
+        except KeyError as repeated:
+            raise InputError(
+                f"a name stands once in an object: {where} has {repeated} twice; rename one"
+            ) from None
         except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
             raise InputError(f"each line must be a JSON object: {where} is not; correct it")
+        _check_names(where, list(fields))
         yield where, {name.lower(): value for name, value in fields.items()}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; KeyError on a name that comes twice, where `json` would take the last."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise KeyError(name)
+        fields[name] = value
+    return fields
+
+
+def _check_names(where: str, names: Sequence[str]) -> None:
+    """Refuse columns of which one would take the place of another, since their case is not kept."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if name.lower() in seen:
+            raise InputError(
+                f"columns must differ in more than case: {where} has {seen[name.lower()]!r} and "
+                f"{name!r}; rename one"
+            )
+        seen[name.lower()] = name
 
 
 def _table_rows(file: Path, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[Row]:
@@ -155,12 +182,15 @@ def _table_rows(file: Path, wanted: Callable[[Sequence[str]], Sequence[str]]) ->
     try:
         if file.suffix == ".arrow":
             with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+                _check_names(str(file), stream.schema.names)
                 for batch in stream:
                     yield from _batch_rows(batch, file, number)
                     number += batch.num_rows
             return
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
-            for batch in table.iter_batches(4096, columns=list(wanted(table.schema_arrow.names))):
+            columns = list(wanted(table.schema_arrow.names))
+            _check_names(str(file), columns)
+            for batch in table.iter_batches(4096, columns=columns):
                 yield from _batch_rows(batch, file, number)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:

@@ -163,3 +163,37 @@ def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"p\.parquet is not"):
         read_problems(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"prompt": "p", "answer": "1", "Answer": "2"}',
+            "line 1 of .* has 'answer' and 'Answer'; rename one",
+        ),
+        ('{"prompt": "p", "answer": "1", "answer": "2"}', "line 1 of .* has 'answer' twice; rename one"),
+        (
+            '{"prompt": "p", "reward_model": {"ground_truth": "1", "ground_truth": "2"}}',
+            "line 1 of .* has 'ground_truth' twice",
+        ),
+    ],
+)
+def test_a_name_that_comes_twice_is_refused(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(InputError, match=message):
+        read_problems(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("again", ["answer", "Answer"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, again):
+    table = pa.table([["p"], ["1"], ["2"], ["x"], ["y"]], names=["prompt", "answer", again, "Note", "note"])
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pa.OSFile(str(tmp_path / "p.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    for name in ("p.parquet", "p.arrow"):
+        with pytest.raises(InputError, match=f"in more than case: .*{name} has 'answer' and '{again}'"):
+            read_problems(tmp_path / name)
+    # What is not read takes nobody's place.
+    pq.write_table(table.remove_column(2), tmp_path / "p.parquet")
+    assert [problem.answer for problem in read_problems(tmp_path / "p.parquet")] == ["1"]
