@@ -216,13 +216,18 @@ def _ids(
     if mask is None:
         of_response = np.ones(len(response), bool) if trained is None else trained
         mask = np.append(np.ones(len(prompt), bool), of_response)
-    keep = mask[len(prompt) :]
+    asked, keep = mask[: len(prompt)], mask[len(prompt) :]
+    if not asked[len(prompt) - int(asked.sum()) :].all():
+        raise InputError(
+            f"a prompt is padded on the left, and nowhere else: {where} has an attention_mask of 0 behind "
+            "its first token; correct it, or leave that row out"
+        )
     if not keep[: int(keep.sum())].all() or (trained is not None and (trained != keep).any()):
         raise InputError(
             f"a response is one stretch of sampled tokens: {where} has tokens of others within (tools, other "
             "turns); leave such rows out"
         )
-    return prompt[mask[: len(prompt)]], response[keep], keep
+    return prompt[asked], response[keep], keep
 
 
 def _mask(where: str, fields: Fields, name: str, length: int) -> np.ndarray | None:
@@ -234,6 +239,9 @@ def _mask(where: str, fields: Fields, name: str, length: int) -> np.ndarray | No
             f"{name} must be as long as what it masks: {where} has {len(mask)} positions for {length}; dump "
             "them alike"
         )
+    others = mask[(mask != 0) & (mask != 1)]  # NaN is one
+    if len(others):
+        raise InputError(f"{name} must be of 0 and 1: {where} has {others[0]}; correct it")
     return mask.astype(bool)
 
 
@@ -305,7 +313,13 @@ def _reward(where: str, fields: Fields, name: str) -> float:
                 "name one with --reward"
             )
         column = numbers[0]
-    total = float(np.sum(np.asarray(fields[column], np.float64)))
+    values = np.asarray(fields[column], np.float64)
+    if not values.size:
+        raise InputError(
+            f"a reward must be a number: {where} has none in {column}; leave that row out, or name another "
+            "column with --reward"
+        )
+    total = float(np.sum(values))
     if not abs(total) <= _LARGEST:  # false for NaN
         raise InputError(
             f"a reward must be a finite number: {where} has {total} in {column}; leave that row out, or name "

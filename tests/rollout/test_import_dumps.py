@@ -97,6 +97,31 @@ def test_a_step_of_another_dump_is_refused(tmp_path, tokenizer, changes):
     assert import_dump(step(tmp_path / "moved", 1), "verl", store, tokenizer).skipped == [1]
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_import_that_was_stopped_has_both_stores_where_it_has_the_first(
+    tmp_path, tokenizer, monkeypatch, at
+):
+    """Whoever finds a round in the store that is asked first may read it in the other."""
+    dump, store = step(step(tmp_path / "dump", 1), 2), tmp_path / "store"
+    honest, sealed = RolloutStore.seal, []
+
+    def stopped(self, round_, **about):
+        sealed.append(round_)
+        if len(sealed) == at:
+            raise KeyboardInterrupt
+        honest(self, round_, **about)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RolloutStore, "seal", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            import_dump(dump, "verl", store, tokenizer)
+    first, other = (set(RolloutStore(path).rounds) for path in (store, old_store(store)))
+    assert first <= other
+    assert len(first) + len(other) == at - 1
+    import_dump(dump, "verl", store, tokenizer)
+    assert RolloutStore(store).rounds == RolloutStore(old_store(store)).rounds == [1, 2]
+
+
 def test_response_mask_alone_tells_padding(tmp_path, tokenizer):
     padded = row(responses=[A, B, EOS, 0], rollout_log_probs=[-1, -2, -3, -9], response_mask=[1, 1, 1, 0])
     import_dump(lines(tmp_path / "dump", padded), "verl", tmp_path / "store", tokenizer)
@@ -185,13 +210,25 @@ def test_rows_of_verl_with_one_column(tmp_path, tokenizer, capsys):
         ({"score": None}, "must have a reward"),
         ({"score": float("nan")}, "a reward must be a finite number: line 1 of .* has nan in score"),
         ({"score": [1.0, None]}, "has nan in score"),
+        ({"score": []}, "a reward must be a number: line 1 of .* has none in score"),
         ({"score": 1e300}, "a reward must be a finite number"),
         ({"score": 10**400}, "lists of numbers"),
+        ({"Score": 0.0}, "line 1 of .* has 'score' and 'Score'; rename one"),
         ({"step": 1.5}, r"a step must be a whole number below 2\^31: line 1 of .* has '1.5'"),
         ({"step": -1}, "has '-1'"),
         ({"step": 2**40}, "has '1099511627776'"),
         ({"uid": "\ud800"}, "a uid must be text that UTF-8 can hold: line 1 of"),
         ({"attention_mask": [1, 1, 1, 1]}, "attention_mask must be as long .* has 4 positions for 5"),
+        (
+            {"prompts": [A, B, C], "attention_mask": [1, 0, 1, 1, 1, 1]},
+            "on the left, .* line 1 of .*0 behind",
+        ),
+        ({"attention_mask": [1, 0, 1, 1, 1]}, "padded on the left, and nowhere else: line 1 of"),
+        (
+            {"attention_mask": [1, 1, 1, 1, float("nan")]},
+            "attention_mask must be of 0 and 1: line 1 of .* nan",
+        ),
+        ({"response_mask": [1, 1, 2]}, "response_mask must be of 0 and 1: line 1 of .* has 2; correct"),
         ({"attention_mask": [1, 1, 1, 1, 1], "response_mask": [1, 0, 1]}, "tokens of others within"),
         ({"response_mask": [1]}, "response_mask must be as long .* has 1 positions for 3"),
         ({"response_mask": [1, 0, 1]}, "tokens of others within"),
