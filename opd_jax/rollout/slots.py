@@ -188,7 +188,7 @@ def make_sampler(
                 banned=banned,
             )
             alive = ~rows.done
-            # A row that is done reads its last token over and over; what it draws falls behind its end.
+            # A row that is done draws on at the place it stood; what it draws falls behind its end.
             place = jnp.arange(slots), rows.drawn
             drawn = rows.drawn + alive
             ended = jnp.isin(token, jnp.asarray(stops, jnp.int32)) | (drawn >= rows.limit)
@@ -196,7 +196,7 @@ def make_sampler(
             return step + 1, State(
                 rows=dataclasses.replace(
                     rows,
-                    token=jnp.where(going_on, token, rows.token),
+                    token=token,
                     position=rows.position + going_on,
                     drawn=drawn,
                     done=rows.done | ended,

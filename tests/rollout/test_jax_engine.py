@@ -331,6 +331,14 @@ def test_stop_strings_are_found_wherever_they_begin():
         stop_finder(["a", ""], text)
 
 
+def test_stop_strings_are_found_behind_a_border_that_cuts_a_character():
+    """Bytes that are no whole character read as several, and seem to be enough of what was before."""
+    ids = np.frombuffer("ab😀x😀y".encode(), np.uint8)
+    find = stop_finder(["😀x😀"], lambda ids: bytes(ids.tolist()).decode(errors="replace"))
+    for looked_at in range(11):
+        assert find(ids, looked_at) == 11, looked_at
+
+
 def test_banned_and_unused_ids_never_come(small):
     banned = tuple(range(0, V, 2))
     for temperature in (0.0, 1.0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opd_jax.rollout import Rollout, Score
-from opd_jax.rollout.score import mismatch, null_drift
+from opd_jax.rollout.score import attach, mismatch, null_drift
 
 
 def scored(behaviour, old, again=None):
@@ -38,3 +38,13 @@ def test_the_trainer_against_itself():
 def test_readings_that_do_not_vary_have_no_correlation():
     assert mismatch([scored([-1, -1], [-1, -2])])["pearson"] is None
     assert mismatch([scored([-1], [-2])])["pearson"] is None
+
+
+def test_mass_that_is_left_out_is_never_below_zero():
+    """Rounded log-probs may come to a little more than 1."""
+    told = {"teacher_topk_logprobs": np.array([[0, -20], [np.log(0.75), -20], [-30, -31]], np.float32)}
+    told["teacher_topk_ids"] = np.zeros((3, 2), np.int32)
+    told["old_logprobs"] = told["teacher_logprobs"] = told["teacher_topk_logprobs"][:, 0]
+    [rollout] = attach([scored([-1, -1, -1], [-1, -1, -1])], [told])
+    np.testing.assert_allclose(rollout.score.teacher_outside_mass, [0, 0.25, 1], atol=1e-7)
+    assert (rollout.score.teacher_outside_mass >= 0).all()
