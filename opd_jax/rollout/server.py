@@ -24,6 +24,17 @@ from opd_jax.rollout.servers import Call, Servers
 COMPLETIONS = "/v1/completions"
 NOTHING = -9999.0  # what OpenAI-compatible servers write for minus infinity and NaN
 SLACK = 1e-3  # nats that rounding may lift a log-prob above 0
+# Less than any token has that was drawn at a temperature up to 1; in proportion above. In float32 exp(-104)
+# is 0 and never drawn, and a ban takes 100 off an id that is likelier.
+LEAST = -1000.0
+# What a server's own defaults may hold, a model's generation config among them, at values that do nothing.
+NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "watermarking": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +94,8 @@ class ServerEngine:
             "prompt": prompt,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            **({"top_k": self.top_k} if self.top_k else {}),
+            "top_k": self.top_k or -1,  # which vLLM of any version takes for all
+            **NEUTRAL,
             "max_tokens": limit,
             "logprobs": 0,
             "return_token_ids": True,
@@ -106,6 +118,18 @@ class ServerEngine:
                 url,
                 f"id {ids.min() if ids.min() < 0 else ids.max()} where {self.usable} ids mean something",
                 "serve the run's own student there",
+            )
+        if (banned := ids[np.isin(ids, self.banned)]).size:
+            raise wrong(
+                url,
+                f"id {banned[0]}, which it was told never to draw",
+                "use a server that keeps to logit_bias",
+            )
+        if (least := logprobs.min()) < LEAST * max(1.0, self.temperature):
+            raise wrong(
+                url,
+                f"{least} as the log-prob of a token that it drew at temperature {self.temperature:g}",
+                "check the weights that it serves",
             )
         ended = bool(np.isin(ids[-1], self.ends))
         if (

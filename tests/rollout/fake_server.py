@@ -186,6 +186,10 @@ def _spoil(choice: dict[str, Any], fault: str | None) -> None:
         choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
     elif fault == "id":
         ids[0] = USABLE
+    elif fault == "certain":
+        logprobs[:] = [0.0] * len(ids)
+    elif fault == "impossible":
+        logprobs[0] = -9998.0
     elif fault == "no eos":
         choice.update(finish_reason="stop", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0, -1.0]})
     elif fault == "float ids":

@@ -80,6 +80,12 @@ def test_every_rollout_is_a_request_of_its_own():
         "prompt": [1, 7],
         "temperature": 0.7,
         "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "watermarking": False,
         "max_tokens": R,
         "logprobs": 0,
         "return_token_ids": True,
@@ -89,6 +95,26 @@ def test_every_rollout_is_a_request_of_its_own():
     }
     assert "model" not in server.bodies[-1]
     assert len({body["seed"] for body in server.bodies}) == 12
+
+
+def test_an_id_that_is_banned_is_refused_where_a_server_draws_it_all_the_same():
+    [request] = requests(1)
+    ids, _ = expected(request)
+    with FakeServer() as server:
+        limited = dataclasses.replace(engine(server.url), top_k=3, banned=(int(ids[0]), 99))
+        found, error = drain(limited.draw([request]))
+    assert found == {}
+    assert f"{server.url} gave id {ids[0]}, which it was told never to draw; use" in str(error)
+    assert "\n" not in str(error)
+    assert server.bodies[0]["logit_bias"][str(ids[0])] == -100
+    assert server.bodies[0]["top_k"] == 3
+
+
+def test_a_policy_may_be_certain():
+    with FakeServer(lambda number, body: "certain") as server:
+        found, error = drain(engine(server.url).draw(requests(1)))
+    assert error is None
+    assert not found[0].logprobs.any()
 
 
 def test_prompts_must_fit_before_anything_is_asked():
@@ -164,6 +190,7 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(fault):
         ("nan", "URL gave nan as a log-prob", 1),
         ("floor", "URL gave -9999.0 as a log-prob", 1),
         ("positive", "URL gave 0.5 as a log-prob", 1),
+        ("impossible", "URL gave -9998.0 as the log-prob of a token that it drew at temperature 0.7", 1),
         ("count", r"URL gave (\d) tokens and \d log-probs", 1),
         ("empty", "URL gave 0 tokens for a limit of 6", 1),
         ("echo", "URL gave an answer to another prompt", 1),

@@ -1,6 +1,7 @@
 """Against a real vLLM server: the same weights give the same log-probs there and here."""
 
 import asyncio
+import json
 import shutil
 
 import httpx2
@@ -200,6 +201,20 @@ def test_a_checkpoint_that_lacks_a_tensor_is_caught_by_the_probe(served, world, 
             once(served, refresh, tmp_path / "lacks", "policy", probe_of(other, tokenizer))
     finally:
         once(served, refresh, student(), "policy", probe_of(student(), tokenizer))
+
+
+def test_what_a_models_generation_config_says_of_sampling_does_not_count(served, world, tmp_path):
+    _, _, tokenizer, wanted = world
+    once(served, refresh, student(), "policy", probe_of(student(), tokenizer))
+    want = dict(engine(served, world, top_p=1.0).draw(wanted[:16]))
+    shutil.copytree(student(), tmp_path / "student")
+    penalties = {"repetition_penalty": 3.0, "presence_penalty": 1.0, "frequency_penalty": 1.0}
+    config = json.dumps({"eos_token_id": world[0].eos_token_id, "top_k": 2, "min_p": 0.5, **penalties})
+    (tmp_path / "student" / "generation_config.json").write_text(config)
+    with vllm_server(tmp_path / "student", tmp_path / "log", "--generation-config", "auto") as url:
+        found = dict(engine(url, world, top_p=1.0).draw(wanted[:16]))
+    for index in range(16):
+        np.testing.assert_array_equal(found[index].ids, want[index].ids)
 
 
 def test_a_server_of_truncated_logprobs_is_caught(world, tmp_path):
