@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import re
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -53,18 +54,23 @@ def address(url: str) -> str:
     """A server's address, without the /v1 that the base URLs of OpenAI's clients end in.
 
     Raises:
-      InputError: it has another path, or is no address.
+      InputError: it has another path, or a user's name, or is no address.
     """
     base, rest = "", ""
-    with contextlib.suppress(ValueError):  # of what is no address, or has no such port
+    with contextlib.suppress(ValueError, httpx2.InvalidURL):  # of what is no address, or has no such port
         parts = urllib.parse.urlsplit(url)
-        if parts.hostname and parts.port != 0:
-            base = f"{parts.scheme}://{parts.netloc}"
+        user, at, place = parts.netloc.rpartition("@")
         path = parts.path.rstrip("/").removesuffix("/v1")
-        rest = parts._replace(scheme="", netloc="", path=path).geturl()
+        rest = parts._replace(scheme="", netloc=user + at, path=path).geturl()
+        odd = re.search(r"[\s\\]", place) or parts.scheme not in ("http", "https")
+        httpx2.URL(url)  # would refuse it later
+        if parts.hostname and parts.port != 0 and not odd:
+            base = f"{parts.scheme}://{place}"
     if rest or not base:
         raise InputError(
-            f"a server's address is a host and a port: got {url!r}; write it as {base or 'http://host:8000'}"
+        shown = re.sub("//.*@", "//...@", url)  # without a password
+            f"a server's address is a host and a port: got {shown!r}; write it as "
+            f"{base or 'http://host:8000'}"
         )
     return base
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.method import needs
+from opd_jax.rollout.server_post import address
 from opd_jax.train.choices import bound_members, needs_groups
 
 
@@ -56,8 +57,10 @@ def check_choices(config: Config) -> None:
 
 
 def _check_engine(config: Config) -> None:
-    """Refuse what servers cannot give: log-probs at another temperature than 1, and some of the teacher's."""
+    """Refuse addresses that are none, and what servers cannot give: some of the teacher's numbers, say."""
     engine, temperature = config.engine, config.sampling.temperature
+    for url in (*engine.urls, *engine.teacher_urls):
+        address(url)
     if engine.kind == "server" and temperature != 1 and config.loss.old_source == "sampler":
         raise InputError(
             f"a server's log-probs are those of temperature 1: with sampling.temperature={temperature:g} "

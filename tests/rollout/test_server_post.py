@@ -80,9 +80,25 @@ def test_an_address_may_be_the_base_url_of_openais_clients(url):
         ("http://a:port", "http://host:8000"),
         ("http://", "http://host:8000"),
         ("http://[a", "http://host:8000"),
+        ("a:8000", "http://host:8000"),
+        ("ftp://a:8000", "http://host:8000"),
+        ("http://a b:8000", "http://host:8000"),
+        ("http://a\\b:8000", "http://host:8000"),
+        ("http://a:8000\n", "http://host:8000"),
+        ("http://a:99999", "http://host:8000"),
+        ("http://256.1.1.1:80", "http://host:8000"),
+        ("http://[v1.a]:80", "http://host:8000"),
+        ("http://\N{SNOWMAN}.\N{ONE DOT LEADER}:80", "http://host:8000"),
     ],
 )
-def test_any_other_path_is_refused(url, remedy):
+def test_whatever_else_is_refused(url, remedy):
     with pytest.raises(InputError) as error:
         address(url)
     assert str(error.value).endswith(f"got {url!r}; write it as {remedy}")
+
+
+@pytest.mark.parametrize("user", ["me:hush@", "me@", "@"])
+def test_an_address_holds_no_password_and_the_refusal_shows_none(user):
+    with pytest.raises(InputError) as error:
+        address(f"https://{user}a:8000/v1")
+    assert str(error.value).endswith("got 'https://...@a:8000/v1'; write it as https://a:8000")

@@ -56,6 +56,8 @@ def test_settings_that_make_no_engine_are_refused(overrides, message):
         ((TEACHER, "--schedule.rows=packed"), "a server scores rows of one rollout"),
         ((TEACHER, "--store.teacher_hidden=true"), "does not tell the teacher's hidden states"),
         ((TEACHER, "--loss.kind=student_topk"), "of the student's ids, which loss.kind=student_topk needs"),
+        (("--engine.kind=server", "--engine.urls=[http://256.1.1.1:80]"), "got 'http://256.1.1.1:80'"),
+        (("--engine.teacher_urls=[http://a,http://me:hush@b]",), r"got 'http://...@b'; write it as http://b"),
     ],
 )
 def test_what_servers_cannot_tell_is_refused_where_something_asks(overrides, message):
