@@ -22,9 +22,10 @@ PASSING = (408, 425)  # statuses that another attempt may not meet, beside those
 class Failure(Exception):
     """An attempt failed in a way that another one, or another server, may not."""
 
-    def __init__(self, reason: str, *, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, *, wait: float = 0.0, status: int | None = None) -> None:
         super().__init__(reason)
         self.wait = wait  # seconds that the server asks to be left alone
+        self.status = status  # of its answer, where there was one
 
 
 class Busy(Failure):
@@ -67,8 +68,8 @@ def address(url: str) -> str:
         if parts.hostname and parts.port != 0 and not odd:
             base = f"{parts.scheme}://{place}"
     if rest or not base:
-        raise InputError(
         shown = re.sub("//.*@", "//...@", url)  # without a password
+        raise InputError(
             f"a server's address is a host and a port: got {shown!r}; write it as "
             f"{base or 'http://host:8000'}"
         )
@@ -87,7 +88,7 @@ def poster(client: httpx2.AsyncClient, url: str) -> Post:
         if status == BUSY or status in PASSING or status >= 500:
             wait = _seconds(response.headers.get("Retry-After"))
             kind = Busy if status == BUSY else Failure
-            raise kind(f"{url} answered {status} ({_reason(response)})", wait=wait)
+            raise kind(f"{url} answered {status} ({_reason(response)})", wait=wait, status=status)
         if status != 200:
             raise Refused(url, status, _reason(response))
         try:

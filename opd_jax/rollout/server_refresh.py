@@ -7,6 +7,7 @@ check of the folder before, and the probe after.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -17,6 +18,8 @@ from opd_jax.errors import InputError
 from opd_jax.rollout.server import COMPLETIONS, choice_of, named, tokens_of
 from opd_jax.rollout.server_post import Failure, Post, Refused
 from opd_jax.rollout.server_score import score_call
+
+PATIENCE = 5.0  # seconds for a paused server to hear that it is to go on, after something failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Probe:
 async def refresh(url: str, post: Post, folder: Path, model: str, probe: Probe) -> None:
     """Load the weights of a folder into one server, and prove that it answers by them.
 
-    Requests in flight are finished first, by the old weights, and caches emptied.
+    Requests in flight are finished first, by the old weights, and caches emptied. Whatever comes, Ctrl-C
+    and time limits too, the server is told to go on.
 
     Args:
       url, post: of the server, as `opd_jax.rollout.servers` gives them.
@@ -42,7 +46,19 @@ async def refresh(url: str, post: Post, folder: Path, model: str, probe: Probe) 
 
     Raises:
       InputError: the server cannot be refreshed, or its log-probs are not those of the new weights.
+      Failure: it broke off or was busy meanwhile.
     """
+    try:
+        await _pause(url, post)
+        await _load(url, post, folder)
+        await post("/resume", None)
+    except (Exception, asyncio.CancelledError):
+        await _let_go(post)
+        raise
+    await prove(url, post, model, probe)
+
+
+async def _pause(url: str, post: Post) -> None:
     try:
         await post("/pause?mode=wait", None)
     except Refused as refused:
@@ -50,18 +66,27 @@ async def refresh(url: str, post: Post, folder: Path, model: str, probe: Probe) 
             f"a server must take new weights: {url} answered {refused.status} to /pause ({refused.reason}); "
             "start it with VLLM_SERVER_DEV_MODE=1"
         ) from None
+
+
+async def _load(url: str, post: Post, folder: Path) -> None:
     reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
     try:
         await post("/collective_rpc", reload)
     except (Refused, Failure) as error:
-        with contextlib.suppress(Refused, Failure):
-            await post("/resume", None)
+        # vLLM says 500 of a folder that it cannot read, and may die of it; else it is gone or busy.
+        if isinstance(error, Failure) and error.status != 500:
+            raise
         raise InputError(
             f"a server must take new weights: {url} could not load {folder.resolve()} ({error}); it must see "
             "that folder under the same path; then restart it"
         ) from None
-    await post("/resume", None)
-    await prove(url, post, model, probe)
+
+
+async def _let_go(post: Post) -> None:
+    """Tell a server to go on, if it hears."""
+    with contextlib.suppress(InputError, Failure, TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            await post("/resume", None)
 
 
 async def prove(url: str, post: Post, model: str, probe: Probe) -> None:

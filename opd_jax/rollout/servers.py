@@ -206,12 +206,12 @@ class Servers:
             async with asyncio.timeout(self._timeout):
                 if self._prepare and not server.ready:
                     async with session.locks[server.url]:
-                        # What failed for good in another request's hands is not done again.
-                        if not server.ready and not session.over:
+                        # What failed in another request's hands meanwhile is not done again at once.
+                        if not server.ready and not session.over and began >= server.failed_at:
                             await self._prepare(server.url, post)
                             server.ready = True
                     if not server.ready:
-                        raise Failure("another request failed for good")
+                        raise Failure(f"{server.url} could not be made ready")
                 read = call.read(server.url, await post(call.path, call.body))
         except TimeoutError:
             self._set_aside(server, began)

@@ -16,6 +16,7 @@ import numpy as np
 from opd_jax.model.vocab import TopK
 
 EOS, USABLE, VOCABULARY, CAP = 0, 12, 16, 5
+STATUSES = ("429", "500", "503", "404", "501", "529")
 
 
 def likelihood(previous: int, weights: int = 0) -> np.ndarray:
@@ -47,6 +48,7 @@ class FakeServer:
         self.weights = 0
         self.paused = False
         self.loads = lambda path: 0  # the number of the weights in a folder
+        self.control: Callable[[str], str | None] = lambda path: None  # faults of all but completions
         self.room = 1000  # completions at a time; to more it says 429
         self.inside = 0
         self.release = threading.Event()  # ends stalls and holds
@@ -106,6 +108,14 @@ class FakeServer:
             self._complete(handler, number, body)
             with self._lock:
                 self.inside -= 1
+            return
+        fault = self.control(handler.path)
+        if fault == "stall":
+            self.release.wait(30)
+        if fault == "die":
+            _hang_up(handler)
+        elif fault in STATUSES:
+            _reply_status(handler, fault)
         elif handler.path == "/collective_rpc":
             weights = self.loads(body["kwargs"]["weights_path"])
             if weights is not None:
@@ -136,9 +146,8 @@ class FakeServer:
             _reply(handler, 200, '{"choices": [')
         elif fault == "deep":
             _reply(handler, 200, "[" * 100_000)
-        elif fault in ("429", "500", "503", "404", "501", "529"):
-            headers = {"Retry-After": "0.4"} if fault in ("429", "503") else {}
-            _reply(handler, int(fault), {"error": {"message": f"a {fault}"}}, headers)
+        elif fault in STATUSES:
+            _reply_status(handler, fault)
         elif body.get("prompt_logprobs", 0) > CAP:
             asked = body["prompt_logprobs"]
             message = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {CAP}"
@@ -177,6 +186,10 @@ def _spoil(choice: dict[str, Any], fault: str | None) -> None:
         logprobs[0] = -9999.0
     elif fault == "positive":
         logprobs[0] = 0.5
+    elif fault == "certain":
+        logprobs[:] = [0.0] * len(ids)
+    elif fault == "impossible":
+        logprobs[0] = -9998.0
     elif fault == "count":
         logprobs.append(-1.0)
     elif fault == "empty":
@@ -186,10 +199,6 @@ def _spoil(choice: dict[str, Any], fault: str | None) -> None:
         choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
     elif fault == "id":
         ids[0] = USABLE
-    elif fault == "certain":
-        logprobs[:] = [0.0] * len(ids)
-    elif fault == "impossible":
-        logprobs[0] = -9998.0
     elif fault == "no eos":
         choice.update(finish_reason="stop", token_ids=[1, 2], logprobs={"token_logprobs": [-1.0, -1.0]})
     elif fault == "float ids":
@@ -243,6 +252,11 @@ def _reply(handler: BaseHTTPRequestHandler, status: int, body: Any, headers: dic
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(text)
+
+
+def _reply_status(handler: BaseHTTPRequestHandler, status: str) -> None:
+    headers = {"Retry-After": "0.4"} if status in ("429", "503") else {}
+    _reply(handler, int(status), {"error": {"message": f"a {status}"}}, headers)
 
 
 def together(told, rows, k):
