@@ -348,6 +348,18 @@ def test_many_waiting_requests_give_up_on_a_dead_server_together():
     assert len(server.bodies) <= 20 + 3  # all at once, and then one at a time
 
 
+def test_a_server_that_fails_again_is_left_alone_for_twice_as_long():
+    with FakeServer(lambda number, body: "500") as server:
+        drain(engine(server.url, attempts=4, pause=0.1).draw(requests(1)))
+    assert (np.diff(server.times) >= [0.1, 0.2, 0.4]).all()
+
+
+def test_a_server_is_never_left_alone_for_long(monkeypatch):
+    monkeypatch.setattr("opd_jax.rollout.servers.LONGEST", 0.01)
+    with FakeServer(lambda number, body: "500" if number < 2 else None) as server:
+        assert len(dict(engine(server.url, pause=1000.0).draw(requests(1)))) == 1
+
+
 def test_a_server_that_comes_back_serves_again():
     with FakeServer(lambda number, body: "500" if number < 2 else None) as lame, FakeServer() as well:
         found = dict(engine(lame.url, well.url, pause=0.01, attempts=9).draw(requests(200)))
@@ -373,13 +385,14 @@ def test_servers_that_were_given_up_on_are_asked_anew():
 
 
 def test_a_user_who_wants_to_stop_is_heard_while_requests_are_in_flight():
-    found = {}
-    with FakeServer(lambda number, body: "hold" if number >= 2 else None) as server:
+    found, wanted = {}, requests(9)
+    early = [derived_seed(0, "sample", one.problem, one.sample) for one in wanted[:2]]
+    with FakeServer(lambda number, body: None if body["seed"] in early else "hold") as server:
         several = dataclasses.replace(
             engine(server.url, concurrency=2, timeout=60.0), stop=lambda: len(server.seen) == 4
         )
         with pytest.raises(Interrupted):
-            found.update(several.draw(requests(9)))
+            found.update(several.draw(wanted))
     assert sorted(found) == [0, 1]
 
 

@@ -12,7 +12,7 @@ from opd_jax.model import load_pretrained
 from opd_jax.plan.programs import compile_programs
 from opd_jax.rollout.rows import gather, make_rows
 from opd_jax.rollout.score import columns_of, make_scorer, make_topk_scorer, mismatch, rows_of
-from opd_jax.train import collect, scoring, serving
+from opd_jax.train import collect, engines, scoring, serving
 from opd_jax.train.combinations import check_choices
 from opd_jax.train.engines import engine_of
 from opd_jax.train.loop import do_part
@@ -157,6 +157,29 @@ def test_servers_are_given_the_student_and_a_probe_of_it(tmp_path):
     with pytest.raises(InputError, match=r"http://127.0.0.1:9 broke off .* after 1 attempts"):
         do_part(served, "sample", ignore, never)
     assert served.rollouts.rounds == []
+
+
+def test_servers_draw_as_the_runs_settings_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "special_ids", lambda tokenizer, ends: (9, *(20 + i for i in ends)))
+    monkeypatch.setattr(engines, "unused_ids", lambda tokenizer: (5,))
+    settings = "--sampling.top_p=0.8", "--sampling.top_k=3", "--sampling.ban_special=true", "--seed=7"
+    limits = "--sampling.max_response=30", "--sampling.stop_ids=[6]", "--engine.model=policy"
+    config = tiny_config(*SERVER, "--sampling.temperature=0.6", *settings, *limits)
+    run = open_run(tmp_path / "run", config)
+    engine = server_engine(run, always)
+    assert (engine.temperature, engine.top_p, engine.top_k, engine.seed) == (0.6, 0.8, 3, 7)
+    assert (engine.max_prompt, engine.max_response, engine.model) == (16, 30, "policy")
+    assert (engine.ends, engine.banned) == ((0, 6), (5, 9, 20, 26))
+    assert (engine.usable, engine.vocabulary) == (len(run.tokenizer), run.model.vocab_size)
+    # Servers tell log-probs of temperature 1, whatever they draw at.
+    probe = probe_of(run)
+    rows = make_rows([probe.text[:1]], [probe.text[1:]], run.width)
+    one, own = (
+        gather(np.asarray(make_scorer(run.model, temperature=t)(run.policy, rows)), rows.mask)[0]
+        for t in (1.0, 0.6)
+    )
+    np.testing.assert_allclose(probe.expected, one, atol=1e-5)
+    assert np.abs(one - own).max() > 0.01
 
 
 def test_addresses_may_change_when_a_run_goes_on(tmp_path):
