@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from opd_jax.errors import InputError
@@ -33,11 +35,12 @@ class Fed(NamedTuple):
 
 
 class _Pile(NamedTuple):
-    """A batch before it is read."""
+    """A host's part of a batch before it is read."""
 
     numbers: list[int]
     counts: np.ndarray
     width: int
+    like: int  # a rollout of the whole batch, which any part has the shapes of
 
 
 def packed_batches(
@@ -56,25 +59,30 @@ def packed_batches(
 ) -> grain.IterDataset:
     """All rollouts of a source in shuffled batches of packed rows.
 
-    Every epoch has an order of its own, of which a host reads every ``hosts``-th rollout. Rollouts are
-    packed within windows of that order, each into rows of the narrowest width that holds it, and the
-    batches of a window come shuffled. The last rows of a window may be empty. A window is numbers and
-    lengths: of the rollouts themselves only those of one batch are in memory.
+    Every epoch has an order of its own. Rollouts are packed within windows of that order, each into rows of
+    the narrowest width that holds it, and the batches of a window come shuffled. The last rows of a window
+    may be empty. A window is numbers and lengths: of the rollouts themselves only those of one batch are in
+    memory.
 
-    The iterator's ``get_state`` is a JSON value; ``set_state`` with it, in another process too, goes on with
-    the batch that would have come next. Give the dataset to `grain.experimental.ThreadPrefetchIterDataset`
-    to make batches beside what uses them.
+    Several hosts read together what one host would read that has as many times the rows and the window:
+    each plans the windows of all, which takes lengths alone, and reads every ``hosts``-th row of a batch. So
+    their batches have one shape at every step and end together. A host that gets none of the rows of a
+    window's last batch of a width has zeros for it, as in other empty rows.
+
+    The iterator's ``get_state`` is a JSON value, the same on every host; ``set_state`` with it, in another
+    process too, goes on with the batch that would have come next. Give the dataset to
+    `grain.experimental.ThreadPrefetchIterDataset` to make batches beside what uses them.
 
     Args:
       source: of the rollouts; the same for every host.
-      make: ``make(rollouts, width, counts=counts)``, for example `opd_jax.rollout.score.batch_of`, or
-        `rows_of` for rollouts without scores.
+      make: ``make(rollouts, width, counts=counts)``, a tree of arrays, for example
+        `opd_jax.rollout.score.batch_of`, or `rows_of` for rollouts without scores.
       seed: of the order.
-      rows: B of a batch of the widest rows; one of narrower rows has as many more as fit in its place.
+      rows: B of a host's batch of the widest rows; one of narrower rows has as many more as fit in its place.
       widths: T, one program each for what uses the batches.
-      window: rollouts that are packed together.
-      epochs: passes over the source; endless by default, since hosts may come to an end a batch apart.
-      host, hosts: which part of the order is read: `jax.process_index` of `jax.process_count`.
+      window: rollouts that are packed together, for each host.
+      epochs: passes over the source; endless by default.
+      host, hosts: which part of every batch is read: `jax.process_index` of `jax.process_count`.
       threads: that read the rollouts of a batch; 0 for none.
       put: which rollouts share a row; `opd_jax.rollout.rows.one_each` where none may.
 
@@ -90,24 +98,23 @@ def packed_batches(
             f"every host must have rollouts to read: host {host} of {hosts}, {len(source)} rollouts; count "
             "hosts from 0, and name shards that hold rollouts"
         )
-    widths = sorted(widths)
+    widths, window = sorted(widths), window * hosts
     about = {
         "seed": seed,
         "shards": _digest(source),
+        "hosts": hosts,
         "rows": rows,
         "widths": widths,
         "window": window,
-        "host": host,
-        "hosts": hosts,
         "put": put.__name__,
     }
 
     def piles(index: int, numbers: np.ndarray) -> list[_Pile]:
         order = np.random.default_rng(derived_seed(seed, "window", index))
-        return _piles(source, [int(number) for number in numbers], rows, widths, put, order)
+        return _piles(source, [int(n) for n in numbers], rows, widths, put, order, host, hosts)
 
     order = grain.MapDataset.range(len(source)).shuffle(seed=derived_seed(seed, "feed"))
-    windows = order[host::hosts].repeat(epochs).batch(window, batch_fn=np.asarray).map_with_index(piles)
+    windows = order.repeat(epochs).batch(window, batch_fn=np.asarray).map_with_index(piles)
     here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return _Feed(windows.to_iter_dataset(here), source, make, threads, about)
 
@@ -119,8 +126,10 @@ def _piles(
     widths: list[int],
     put: Put,
     order: np.random.Generator,
+    host: int,
+    hosts: int,
 ) -> list[_Pile]:
-    """The batches of a window."""
+    """A host's part of the batches of a window, which all hosts plan alike."""
     lengths = np.array([source.length(number) for number in numbers])
     bucket = np.searchsorted(widths, lengths)
     for index in np.flatnonzero(bucket == len(widths)):
@@ -135,11 +144,12 @@ def _piles(
         held = np.split(members[packing.order], np.cumsum(packing.counts)[:-1])
         held = [held[row] for row in order.permutation(len(held))] if len(members) else []
         count = rows * (widths[-1] // width)
-        for at in range(0, len(held), count):
-            batch = held[at : at + count]
-            counts = [len(row) for row in batch] + [0] * (count - len(batch))
-            inside = np.concatenate(batch)
-            found.append(_Pile([numbers[i] for i in inside], np.array(counts), width))
+        for at in range(0, len(held), count * hosts):
+            batch = held[at : at + count * hosts]
+            part = batch[host::hosts]
+            counts = [len(row) for row in part] + [0] * (count - len(part))
+            inside = [numbers[i] for row in part for i in row]
+            found.append(_Pile(inside, np.array(counts), width, numbers[batch[0][0]]))
     return [found[index] for index in order.permutation(len(found))]
 
 
@@ -187,17 +197,26 @@ class _FeedIterator(grain.DatasetIterator):
             self._piles = next(self._parent)
             self._window, self._done = before, 0
         pile = self._piles[self._done]
-        self._done += 1
-        rollouts = list(self._map(self._source.__getitem__, pile.numbers))
-        batch = self._make(rollouts, pile.width, counts=pile.counts)
-        return Fed(np.array(pile.numbers), pile.counts, pile.width, batch)
+        batch = self._made(pile)
+        self._done += 1  # what could not be read is still to come
+        return Fed(np.array(pile.numbers, int), pile.counts, pile.width, batch)
+
+    def _made(self, pile: _Pile) -> Any:
+        if pile.numbers:
+            rollouts = list(self._map(self._source.__getitem__, pile.numbers))
+            return self._make(rollouts, pile.width, counts=pile.counts)
+        # How many columns there are, and how deep, is read off a rollout that another host has.
+        alone = np.eye(1, len(pile.counts), dtype=int)[0]
+        like = self._make([self._source[pile.like]], pile.width, counts=alone)
+        return jax.tree.map(np.zeros_like, like)
 
     def get_state(self) -> dict[str, Any]:
         return {"window": self._window, "batches": self._done, "of": self._about}
 
     def set_state(self, state: dict[str, Any]) -> None:
         try:
-            of, window, batches = dict(state["of"]), state["window"], int(state["batches"])
+            of, batches = dict(state["of"]), operator.index(state["batches"])
+            window = {name: operator.index(value) for name, value in dict(state["window"]).items()}
         except (KeyError, TypeError, ValueError):
             raise _no_position(state) from None
         for name, value in self._about.items():

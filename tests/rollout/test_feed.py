@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from opd_jax.errors import InputError
 from opd_jax.rollout import Rollout, Score, schema
 from opd_jax.rollout.feed import packed_batches
-from opd_jax.rollout.rows import one_each
+from opd_jax.rollout.rows import one_each, pack
 from opd_jax.rollout.score import batch_of, rows_of
 from opd_jax.rollout.source import RolloutSource
 from opd_jax.rollout.store import RolloutStore
@@ -182,8 +183,11 @@ def test_a_column_that_is_not_there_is_named(store):
         RolloutSource(store, ["teacher_hidden"])
 
 
+SETTINGS = {"seed": 5, "rows": 2, "widths": [40], "window": 8, "threads": 1}
+
+
 def feed(store, **changes):
-    settings = {"seed": 5, "rows": 2, "widths": [40], "window": 8, "threads": 1} | changes
+    settings = SETTINGS | changes
     make = settings.pop("make", batch_of)
     return packed_batches(RolloutSource(store, SCORES), make, **settings)
 
@@ -256,11 +260,56 @@ def test_the_order_is_the_seeds_and_every_epoch_has_its_own(store):
     assert not any(max(window) - min(window) == 3 for window in windows[0])
 
 
+def test_a_window_is_shuffled_in_its_rows_and_in_its_batches(store):
+    drawn = joined(order(store, epochs=1, window=1, rows=1))  # whose windows leave the epoch as it is
+    batches = order(store, epochs=1, window=20, put=one_each)
+    assert sorted(joined(batches)) == sorted(drawn)
+    neighbours = {frozenset(pair) for pair in itertools.pairwise(drawn)}
+    assert len({frozenset(batch) for batch in batches} & neighbours) < len(batches) / 2
+    widths = [fed.width for fed in feed(store, epochs=1, window=20, rows=1, widths=[10, 20, 40])]
+    assert len(set(widths)) == 3
+    assert len(list(itertools.groupby(widths))) > 3
+
+
+@pytest.mark.parametrize("put", [pack, one_each])
 @pytest.mark.parametrize("hosts", [2, 3])
-def test_hosts_share_an_epoch_without_overlap(store, hosts):
-    parts = [joined(order(store, epochs=1, hosts=hosts, host=host)) for host in range(hosts)]
-    assert sorted(joined(parts)) == list(range(20))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_hosts_read_together_what_one_with_as_many_times_the_rows_would(store, hosts, put):
+    settings = {"epochs": 1, "widths": [20, 40], "put": put}
+    parts = [list(feed(store, **settings, window=4, hosts=hosts, host=host)) for host in range(hosts)]
+    whole = list(feed(store, **settings, window=4 * hosts, rows=2 * hosts))
+    assert len({fed.width for fed in whole}) == 2
+    for one, *several in zip(whole, *parts, strict=True):
+        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), fed.batch) for fed in several]
+        assert all(shape == shapes[0] for shape in shapes)
+        assert several[0].batch.rows.tokens.shape == (80 // one.width, one.width)
+        assert sorted(joined(fed.numbers for fed in several)) == sorted(one.numbers)
+        filled = [np.count_nonzero(fed.counts) for fed in several]
+        assert sum(filled) == np.count_nonzero(one.counts)
+        assert max(filled) - min(filled) <= 1
+    assert sorted(joined(fed.numbers for fed in joined(parts))) == list(range(20))
+    # A window's last batch of a width may have fewer rows than there are hosts.
+    without = [fed for fed in joined(parts) if not len(fed.numbers)]
+    assert without
+    assert not any(np.any(array) for fed in without for array in jax.tree.leaves(fed.batch))
+
+
+def test_a_position_is_the_same_on_every_host(store):
+    settings = {"widths": [20, 40], "window": 4, "make": rows_of}
+    running = [iter(feed(store, **settings, hosts=3, host=host)) for host in range(3)]
+    read, states = [], []
+    for _ in range(20):  # more than two epochs
+        told = [feed_.get_state() for feed_ in running]
+        assert told[0] == told[1] == told[2]
+        states.append(json.loads(json.dumps(told[0])))
+        read.append([next(feed_) for feed_ in running])
+    for at in (1, 7, 13, 19):
+        for host in range(3):
+            again = iter(feed(store, **settings, hosts=3, host=host))
+            again.set_state(states[at])
+            for step in read[at:]:
+                got = next(again)
+                np.testing.assert_array_equal(got.numbers, step[host].numbers)
+                assert got.batch.tokens.shape == step[0].batch.tokens.shape
 
 
 def test_narrow_rollouts_go_to_narrow_rows_and_kernels_that_cannot_pack_get_one_each(store):
@@ -289,6 +338,23 @@ def test_a_position_is_restored_to_the_very_next_batch_from_anywhere(store):
         again.set_state(state)
         assert again.get_state() == state
         assert [next(again).numbers.tolist() for _ in whole[at : at + 3]] == whole[at : at + 3]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5])
+def test_a_batch_that_could_not_be_read_is_still_to_come(tmp_path, at):
+    written = stored(RolloutStore(tmp_path / "here"))
+    whole = order(written, epochs=1)
+    running = iter(packed_batches(RolloutSource(written, held=1), rows_of, **SETTINGS, epochs=1))
+    got = [next(running).numbers.tolist() for _ in range(at)]
+    (tmp_path / "here").rename(tmp_path / "away")
+    with pytest.raises(InputError, match="here/round-00"):
+        got.extend(fed.numbers.tolist() for fed in running)  # what is in memory already needs no store
+    state = running.get_state()
+    (tmp_path / "away").rename(tmp_path / "here")
+    again = iter(feed(written, make=rows_of, epochs=1))
+    again.set_state(state)
+    assert got + [fed.numbers.tolist() for fed in again] == whole
+    assert got + [fed.numbers.tolist() for fed in running] == whole
 
 
 def test_a_position_passes_through_a_prefetching_thread(store):
@@ -342,8 +408,11 @@ def test_what_is_no_position_is_refused(store):
         {**state, "of": None},
         {**state, "window": {}},
         {**state, "window": {"next_index": 99}},
+        {**state, "window": {"next_index": 0.5}},
+        {**state, "window": [0]},
         {**state, "batches": 999},
         {**state, "batches": -1},
+        {**state, "batches": 0.7},
         {**state, "window": {"next_index": 3}, "batches": 1},  # the end, where there are no batches
     ):
         with pytest.raises(InputError, match="a position is what get_state of a feed has told: {.* is none"):
