@@ -12,7 +12,7 @@ import pytest
 from opd_jax.errors import InputError
 from opd_jax.rollout import Rollout, RolloutStore, Score
 from opd_jax.rollout.schema import GROUP_BYTES, encode
-from opd_jax.rollout.storage import digest_of
+from opd_jax.rollout.storage import LocalPlace, digest_of
 
 ABOUT = {"student": "abc", "temperature": 1.0}
 
@@ -411,6 +411,16 @@ def test_two_writers_do_not_meet(tmp_path):
     second.seal(1)
     assert first.rounds == second.rounds == [0, 1]
     same(first.read(0), rollouts(0))
+
+
+def test_a_file_that_another_has_written_since_is_not_replaced(tmp_path):
+    slow, quick = LocalPlace(tmp_path), LocalPlace(tmp_path)
+    first = slow.update("a", b"first", None)
+    quick.update("a", b"second", first)
+    for version in (first, None):
+        with pytest.raises(InputError, match=f"{tmp_path}/a has changed since it was read"):
+            slow.update("a", b"third", version)
+    assert slow.read("a")[0] == b"second"
 
 
 def test_a_manifest_is_parsed_once_for_each_version(tmp_path, monkeypatch):
