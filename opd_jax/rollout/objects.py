@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import os
-import secrets
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from opd_jax.errors import InputError
+from opd_jax.rollout.locks import is_alive, owned, owner_in, token_of
 from opd_jax.rollout.storage import LOCK, changed
+
+# Those that replace an object on the condition that it is still what was read.
+SCHEMES = ("gs", "s3", "memory")
 
 
 class ObjectPlace:
@@ -30,9 +31,14 @@ class ObjectPlace:
     """
 
     def __init__(self, url: str) -> None:
-        self.path, self._mine = url.rstrip("/"), ""
+        self.path, self._mine = url.rstrip("/"), b""
         scheme, _, rest = self.path.partition("://")
         bucket, _, prefix = rest.partition("/")
+        if scheme not in SCHEMES or not bucket:
+            raise InputError(
+                f"a store is a folder by its path, or gs://, s3:// or memory:// with a bucket: got {url!r}; "
+                "name one of these"
+            )
         self._prefix = f"{prefix}/" if prefix else ""
         self._bucket = _bucket(f"{scheme}://{bucket}")
 
@@ -95,6 +101,11 @@ class ObjectPlace:
                 f"the bucket of an object store must be there: {self.path} has none; create it, or "
                 "check the URL"
             ) from None
+        except NotImplementedError as error:
+            raise InputError(
+                "an object store must put on a condition, so that no writer undoes another's work: "
+                f"{self.path} does not ({_one_line(error)}); allow it, or name another"
+            ) from None
         return _version(put)
 
     def names(self, folder: str) -> list[str]:
@@ -124,27 +135,32 @@ class ObjectPlace:
         pass
 
     def lock(self) -> None:
-        mine = _owner()
+        mine = owned()
         try:
-            self.create(LOCK, mine.encode())
+            self.create(LOCK, mine)
         except FileExistsError:
             held, version = self.read(LOCK)
-            owner = json.loads(held)
+            owner = owner_in(held)
+            if owner is None:
+                raise InputError(
+                    f"a lock must say who holds it: {self.path}/{LOCK} holds {held[:60]!r}; see that nobody "
+                    f"writes there, and break_lock({self.path!r}, {token_of(held)!r}) of opd_jax.rollout"
+                ) from None
             here = owner["host"] == socket.gethostname()
-            if held.decode() != mine and not (here and not _is_alive(owner["process"])):
+            if held != mine and not (here and not is_alive(owner["process"])):
                 raise InputError(
                     f"one writer at a time works on a store: {self.path} is held by process "
                     f"{owner['process']} on {owner['host']} since {owner['since']}; wait, or, if it is gone, "
                     f"break_lock({self.path!r}, {owner['token']!r}) of opd_jax.rollout"
                 ) from None
-            self.update(LOCK, mine.encode(), version)
+            self.update(LOCK, mine, version)
         self._mine = mine
 
     def unlock(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            if self._mine and self.read(LOCK)[0].decode() == self._mine:
+            if self._mine and self.read(LOCK)[0] == self._mine:
                 self.remove(LOCK)
-        self._mine = ""
+        self._mine = b""
 
     @contextlib.contextmanager
     def _said(self, name: str) -> Iterator[None]:
@@ -158,11 +174,7 @@ class ObjectPlace:
         except PreconditionError:
             raise
         except (BaseError, PermissionError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"an object store must answer and let us in: {self.path}/{name} gives {reason}; check the "
-                "URL and the credentials, and go on: what was finished is kept"
-            ) from None
+            raise _silent(f"{self.path}/{name}", error) from None
 
 
 class _Object(io.RawIOBase):
@@ -207,12 +219,12 @@ def break_lock(url: str, token: str) -> None:
     """
     place = ObjectPlace(url)
     try:
-        held = json.loads(place.read(LOCK)[0])
+        held = token_of(place.read(LOCK)[0])
     except FileNotFoundError:
         raise InputError(f"a lock must be there to be broken: {url} has none; go on") from None
-    if held["token"] != token:
+    if held != token:
         raise InputError(
-            f"a lock is broken by its name: {url} is held by {held['token']}, not {token}; see that its "
+            f"a lock is broken by its name: {url} is held by {held}, not {token}; see that its "
             "process is gone"
         )
     place.remove(LOCK)
@@ -221,36 +233,31 @@ def break_lock(url: str, token: str) -> None:
 @functools.cache  # what is in memory is there once
 def _bucket(url: str) -> Any:
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import MemoryStore, from_url
     except ImportError:
         raise InputError(
             f"object stores need obstore: it is not installed, and {url} is one; "
             "pip install 'opd_jax[objects]'"
         ) from None
-    return MemoryStore() if url.startswith("memory://") else from_url(url)
+    try:
+        return MemoryStore() if url.startswith("memory://") else from_url(url)
+    except (BaseError, ValueError) as error:  # of the URL, or of credentials that are files
+        raise _silent(url, error) from None
+
+
+def _silent(what: str, error: Exception) -> InputError:
+    """What is said of an object store that gives an error."""
+    return InputError(
+        f"an object store must answer and let us in: {what} gives {_one_line(error)}; check the "
+        "URL and the credentials, and go on: what was finished is kept"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _version(told: Any) -> dict[str, Any]:
     """What the store tells of an object, as what a put asks for."""
     return {name: told.get(name) for name in ("e_tag", "version") if told.get(name)}
-
-
-def _owner() -> str:
-    return json.dumps(
-        {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            "token": secrets.token_hex(8),
-        }
-    )
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is there, and another user's
-        pass
-    return True

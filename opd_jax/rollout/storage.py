@@ -73,9 +73,9 @@ def open_place(path: str | Path) -> Place:
     """The place that a path or URL names.
 
     Raises:
-      InputError: an object store is named, and what reads it is not installed.
+      InputError: a URL is none of an object store, or what reads object stores is not installed.
     """
-    if "://" in str(path):
+    if str(path).partition("/")[0].endswith(":"):  # a URL, even one that lost a slash
         from opd_jax.rollout.objects import ObjectPlace  # which is a place itself
 
         return ObjectPlace(str(path))

@@ -146,16 +146,55 @@ def test_one_writer_at_a_time_on_an_object_store(url):
         break_lock(url, "0123")
     other.append(rollouts(1))
     other.close()
-    # A process that was killed on this machine holds no lock.
+    # A process that was killed on this machine holds no lock; of another machine's nothing is known here.
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    other_owner(store, process=gone.pid)
-    store.append(rollouts(2))
+    other_owner(store, process=gone.pid, host="elsewhere")
+    with pytest.raises(InputError, match=f"held by process {gone.pid} on elsewhere"):
+        store.append(rollouts(2))
+    break_lock(url, "0123")
+    for number in (2**80, gone.pid):
+        store.close()
+        other_owner(store, process=number)
+        store.append(rollouts(2))
     with pytest.raises(InputError, match="held by process"):
         other.append(rollouts(2))
     store.close()
     with pytest.raises(FileNotFoundError):
         store.place.read(LOCK)
+
+
+def test_a_lock_of_another_users_process_is_held(monkeypatch):
+    store = RolloutStore("memory://rollouts/others", ABOUT)
+    other_owner(store)
+
+    def forbidden(process, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    with pytest.raises(InputError, match=f"held by process {os.getpid()} on "):
+        store.append(rollouts(0))
+
+
+@pytest.mark.parametrize(
+    "held", [b"", b"\xff", b"garbage", b'{"host": "a', b"[1]", b'{"host": "a"}', b"null", "process"]
+)
+def test_a_lock_that_does_not_say_who_holds_it_is_named_and_can_be_broken(held):
+    url = "memory://rollouts/garbage"
+    store = RolloutStore(url, ABOUT)
+    if held == "process":
+        other_owner(store, process="7")
+    else:
+        store.place.create(LOCK, held)
+    with pytest.raises(InputError, match=rf"memory://.*/{LOCK} holds b.*break_lock\('{url}', '") as error:
+        store.append(rollouts(0))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is held by .*, not 0123"):
+        break_lock(url, "0123")
+    break_lock(url, str(error.value).split("'")[-2])
+    store.append(rollouts(0))
+    store.discard(0)
+    store.close()
 
 
 def test_a_writer_whose_lock_was_broken_clobbers_nothing(url):
@@ -196,6 +235,33 @@ def test_an_object_store_that_is_not_there_or_does_not_answer_is_said(s3, monkey
     ) as error:
         RolloutStore("s3://silent/x", ABOUT)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", "foo://x file:///tmp/x az://x/y http://x/y s3:// s3:///x s3:/x/y gs:// memory:// ://x/y".split()
+)
+def test_a_url_that_no_store_can_lie_at_is_refused(url):
+    with pytest.raises(InputError, match=f"with a bucket: got '{url}'; name one of these"):
+        RolloutStore(url)
+
+
+def test_a_url_and_credentials_that_cannot_be_read_are_said(monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere")
+    for url, reason in (("gs://b/x", "/nowhere"), ("s3://b c/x", "invalid domain")):
+        with pytest.raises(InputError, match=f"must answer and let us in: .*{reason}") as error:
+            RolloutStore(url)
+        assert "\n" not in str(error.value)
+
+
+def test_a_store_that_does_not_put_on_a_condition_is_refused_by_its_lock(s3, monkeypatch):
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    _bucket.cache_clear()
+    store = RolloutStore(f"{s3}/unconditional", ABOUT)
+    with pytest.raises(InputError, match="must put on a condition.*conditional put is disabled") as error:
+        store.append(rollouts(0))
+    assert "\n" not in str(error.value)
+    assert store.place.all_names() == []
+    _bucket.cache_clear()
 
 
 def test_what_reads_object_stores_is_asked_for_by_name(monkeypatch):
