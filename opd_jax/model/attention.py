@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +55,56 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
       ``[B, T, N, H]`` in the dtype of ``query``.
     """
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+
+
+class Blocks(NamedTuple):
+    """The slots of a cache that are attended to: the first ``number`` blocks of ``size``."""
+
+    size: int
+    number: int
+
+    @property
+    def slots(self) -> int:
+        return self.size * self.number
+
+
+def block_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, blocks: Blocks
+) -> jax.Array:
+    """`attention` over the blocks of a cache, whose bits more blocks than are needed do not change.
+
+    Each block's softmax has its own maximum, and the blocks are added up one after the other (Milakov and
+    Gimelshein, arXiv 1805.02867): one in which nothing may be attended to adds exact zeros.
+
+    Args:
+      query: ``[B, T, N, H]``.
+      key, value: ``[B, M, S, H]`` of S = ``size * number`` slots, heads first as a cache lies.
+      mask: ``[B, 1, T, S]`` bool; every query may attend somewhere.
+      blocks: how the slots are divided.
+
+    Returns:
+      ``[B, T, N, H]`` in the dtype of ``query``.
+    """
+    rows, length, heads, width = query.shape
+    of_cache = (*key.shape[:2], blocks.number, blocks.size, width)
+    key, value = key.reshape(of_cache), value.reshape(of_cache)
+    query = query.reshape(rows, length, key.shape[1], -1, width)
+    scores = jnp.einsum("btmgh,bmksh->bmktgs", query, key, preferred_element_type=jnp.float32)
+    # [B, 1, T, S] -> [B, 1, K, T, 1, s]
+    allowed = mask.reshape(rows, 1, length, blocks.number, blocks.size).swapaxes(2, 3)[..., None, :]
+    scores = jnp.where(allowed, scores / math.sqrt(width), jnp.finfo(jnp.float32).min)
+    peak = scores.max(-1, keepdims=True)
+    shares = jnp.exp(scores - peak)
+    of_block = jnp.exp(peak - peak.max(2, keepdims=True))
+    read = jnp.einsum(
+        "bmktgs,bmksh->bmktgh", shares.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    total, attended = (
+        functools.reduce(operator.add, (x[:, :, k] for k in range(blocks.number)))
+        for x in (of_block * shares.sum(-1, keepdims=True), of_block * read)
+    )
+    attended = (attended / total).transpose(0, 2, 1, 3, 4)
+    return attended.reshape(rows, length, heads, width).astype(query.dtype)
 
 
 def row_attention(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from opd_jax.model.attention import attention, cache_mask, row_attention
+from opd_jax.model.attention import Blocks, attention, block_attention, cache_mask, row_attention
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.lora import lora_delta
 from opd_jax.model.moe import Routing, experts
@@ -261,7 +261,12 @@ def prompt_cache(params: Params, tokens: jax.Array, sequence_ids: jax.Array, con
 
 
 def decode(
-    params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache, config: Qwen3Config
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    config: Qwen3Config,
+    blocks: Blocks | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Read further tokens of each row on top of what the cache holds.
 
@@ -274,22 +279,32 @@ def decode(
       positions: ``[B, T]`` int32, each below S.
       cache: ``[L, B, M, S, H]`` twice.
       config: dimensions.
+      blocks: slots to attend over, which have those of all positions among them; what is drawn of rows
+        beyond them means nothing. All slots at once by default.
 
     Returns:
       The residual stream ``[B, T, D]`` after the last layer, and the cache with these tokens added.
     """
-    mask, angles = cache_mask(positions, cache.key.shape[3]), rotary_angles(positions, config)
-    rows = jnp.arange(tokens.shape[0])[:, None]
+    slots = blocks.slots if blocks else cache.key.shape[3]
+    mask, angles = cache_mask(positions, slots), rotary_angles(positions, config)
+    rows = jnp.arange(tokens.shape[0])[:, None, None]
+    # Written head by head: with heads whole, a TPU's compiler lays the cache out for writing and copies it
+    # back and forth for reading, where its tiles divide the slots.
+    heads = jnp.arange(config.num_key_value_heads)
 
     # The cache is carried whole and written in place; scanned over, every layer of it would be copied.
     def body(carry: tuple[jax.Array, Cache], at: tuple[Params, jax.Array]) -> tuple[tuple, None]:
         (x, cache), (layer, index) = carry, at
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Cache]:
-            keys = cache.key.at[index, rows, :, positions].set(key)
-            values = cache.value.at[index, rows, :, positions].set(value)
-            past_keys, past_values = (x[index].swapaxes(1, 2) for x in (keys, values))
-            return attention(query, past_keys, past_values, mask), Cache(keys, values)
+            keys = cache.key.at[index, rows, heads, positions[..., None]].set(key)
+            values = cache.value.at[index, rows, heads, positions[..., None]].set(value)
+            past_keys, past_values = (x[index, :, :, :slots] for x in (keys, values))
+            if blocks:
+                attended = block_attention(query, past_keys, past_values, mask, blocks)
+            else:
+                attended = attention(query, past_keys.swapaxes(1, 2), past_values.swapaxes(1, 2), mask)
+            return attended, Cache(keys, values)
 
         x, cache, _ = _layer(x, layer, angles, attend, jnp.ones(tokens.shape, bool), config)
         return (x, cache), None

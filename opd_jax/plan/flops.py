@@ -27,9 +27,10 @@ def program_flops(function: Callable[..., Any], *args: Any) -> int:
 
     Args:
       function: what is called; may be jitted, may hold shard_map, scan, remat and custom derivatives.
-      args: arrays or ShapeDtypeStructs.
+      args: arrays or ShapeDtypeStructs, and what a jitted function takes as static.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, 1)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return _jaxpr_flops(jitted.trace(*args).jaxpr.jaxpr, 1)
 
 
 def _jaxpr_flops(jaxpr: Any, expert_ways: int) -> int:

@@ -142,7 +142,8 @@ def compile_programs(
         more.append(_compile("score reference", score, (base, part), reads_base, beside("base"), mesh))
     drawn_here, taught_here = [], []
     if config.engine.kind == "jax":
-        steps = (policy, slots, empty, count, count)
+        # The cache as full as it gets; while it is not, `JaxEngine` has programs that attend over less of it.
+        steps = (policy, slots, empty, count, count, sampler.blocks(sampler.cache_slots))
         drawn_here = [
             _compile("prefill", sampler.fill, (policy, slots, group), drawing, beside("student"), mesh),
             _compile("sample", sampler.advance, steps, drawing, beside("student"), mesh),

@@ -57,7 +57,7 @@ class JaxEngine:
         self._check(requests)
         waiting = list(range(len(requests)))[::-1]
         inside: dict[int, int] = {}  # slot -> request
-        looked_at: dict[int, int] = {}  # slot -> response tokens in which no stop string ends
+        drawn: dict[int, int] = {}  # slot -> response tokens, in which no stop string ends
         finished: list[tuple[int, Generated]] = []
         if not requests:
             return
@@ -68,17 +68,20 @@ class JaxEngine:
                 state = sampler.fill(self.params, state, group)
             enough = min(sampler.refill, len(waiting)) if waiting else sampler.slots
             empty = np.array([slot not in inside for slot in range(sampler.slots)])
-            state, told = sampler.advance(self.params, state, empty, np.int32(STEPS), np.int32(enough))
+            ends = (len(requests[index].prompt_ids) + drawn.get(slot, 0) for slot, index in inside.items())
+            blocks = sampler.blocks(max(ends) + STEPS - 1)
+            until = np.int32(STEPS), np.int32(enough)
+            state, told = sampler.advance(self.params, state, empty, *until, blocks)
             yield from finished  # while the devices are at work
             progress = jax.device_get(told)
             finished = []
             for slot in list(inside):
                 length, done = int(progress.drawn[slot]), bool(progress.done[slot])
-                cut = None
+                before, cut = drawn.pop(slot, 0), None
                 if self.find_stop:
-                    cut = self.find_stop(progress.tokens[slot, :length], looked_at.pop(slot, 0))
+                    cut = self.find_stop(progress.tokens[slot, :length], before)
                 if cut is None and not done:
-                    looked_at[slot] = length
+                    drawn[slot] = length
                     continue
                 ids = progress.tokens[slot, : cut or length].copy()
                 logprobs = progress.logprobs[slot, : cut or length].copy()

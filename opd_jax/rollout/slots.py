@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax.keys import rollout_keys, token_keys
+from opd_jax.model.attention import Blocks
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.forward import Cache, decode, empty_cache, logits, prompt_cache
 from opd_jax.model.kernels import FUSED
@@ -81,10 +82,13 @@ class Sampler:
     max_response: int  # R
     temperature: float
     stop_ids: tuple[int, ...]  # ids that end a response
+    cache_slots: int
+    block: int  # of these are attended over together, where there are more
     begin: Callable[[], State]
     fill: Callable[[Params, State, Group], State]
-    # (params, state, rows [B] that are empty, most steps, rows that are done or empty to stop sooner)
-    advance: Callable[[Params, State, Any, Any, Any], tuple[State, Progress]]
+    # (params, state, rows [B] that are empty, most steps, rows that are done or empty to stop sooner,
+    # what of the cache is attended over, static)
+    advance: Callable[[Params, State, Any, Any, Any, Blocks | None], tuple[State, Progress]]
 
     @property
     def refill(self) -> int:
@@ -101,6 +105,10 @@ class Sampler:
         """F: prompts read at a time, as many in each shard."""
         return self.ways * max(1, self.refill // self.ways)
 
+    def blocks(self, end: int) -> Blocks | None:
+        """What `advance` attends over while every position is below ``end``."""
+        return _covering(self.cache_slots, self.block, end)
+
 
 @functools.cache  # one set of programs for all who ask for the same
 def make_sampler(
@@ -115,20 +123,26 @@ def make_sampler(
     top_k: int = 0,
     stop_ids: tuple[int, ...] | None = None,
     banned: tuple[int, ...] = (),
+    block: int = 1024,
 ) -> Sampler:
     """Compile-once sampler that decodes ``slots`` rollouts together.
 
     Args:
       config: of the model.
       slots: B.
-      max_prompt, max_response: P and R; the cache has P + R - 1 slots, since the last token is never read.
+      max_prompt, max_response: P and R; the cache has P + R - 1 slots, since the last token is never read,
+        or the next multiple of ``block`` above it.
       temperature: 0 for greedy.
       top_p: nucleus mass.
       usable: ids from here on are vocabulary padding and never drawn.
       top_k: how many of the likeliest tokens may be drawn, 0 for all.
       stop_ids: ids that end a response and are its last token; the config's end of text by default.
       banned: ids that are never drawn: holes of the vocabulary, special tokens.
+      block: a cache of more slots is attended over in blocks of so many, as far as it is filled.
     """
+    cache_slots = max_prompt + max_response - 1
+    if cache_slots > block:
+        cache_slots += -cache_slots % block
     stops = (config.eos_token_id,) if stop_ids is None else tuple(sorted(set(stop_ids)))
 
     def begin() -> State:
@@ -143,13 +157,13 @@ def make_sampler(
             limit=zeros(jnp.int32),
             done=jnp.ones(slots, bool),
         )
-        cache = empty_cache(config, slots, max_prompt + max_response - 1)
+        cache = empty_cache(config, slots, cache_slots)
         tokens, logprobs = zeros(jnp.int32, max_response), zeros(jnp.float32, max_response)
         return _pinned(State(empty, cache, tokens, logprobs))
 
     def fill(params: Params, state: State, group: Group) -> State:
         params = _computed(params, config)
-        cache = _read_prompts(params, group, config, max_prompt + max_response - 1)
+        cache = _read_prompts(params, group, config, cache_slots, _covering(cache_slots, block, max_prompt))
         roots, last = jax.random.wrap_key_data(group.roots), group.lengths[:, None] - 1
         rows = Rows(
             key=jax.random.key_data(rollout_keys(roots, group.problems, group.samples)),
@@ -163,7 +177,7 @@ def make_sampler(
         return _pinned(_placed(state, rows, cache, group.slots))
 
     def advance(
-        params: Params, state: State, empty: Array, steps: Array, wanted: Array
+        params: Params, state: State, empty: Array, steps: Array, wanted: Array, blocks: Blocks | None
     ) -> tuple[State, Progress]:
         params = _computed(params, config)
         keys = jax.random.wrap_key_data(state.rows.key)
@@ -177,7 +191,8 @@ def make_sampler(
         def one(carry: tuple[Array, State]) -> tuple[Array, State]:
             step, state = carry
             rows = state.rows
-            hidden, cache = decode(params, rows.token[:, None], rows.position[:, None], state.cache, config)
+            at = rows.token[:, None], rows.position[:, None]
+            hidden, cache = decode(params, *at, state.cache, config, blocks)
             token, logprob = sample_token(
                 constrain(logits(hidden[:, 0], params, config), "batch", "vocab"),
                 token_keys(keys, rows.drawn),
@@ -217,10 +232,25 @@ def make_sampler(
         max_response=max_response,
         temperature=temperature,
         stop_ids=stops,
+        cache_slots=cache_slots,
+        block=block,
         begin=jax.jit(begin),
         fill=jax.jit(fill, donate_argnums=1),
-        advance=jax.jit(advance, donate_argnums=1),
+        advance=jax.jit(advance, donate_argnums=1, static_argnums=5),
     )
+
+
+def _covering(cache_slots: int, block: int, end: int) -> Blocks | None:
+    """The blocks of a cache that hold all positions below ``end``; None where it is all one block.
+
+    Their number doubles until it does, so that few programs are compiled.
+    """
+    if cache_slots <= block:
+        return None
+    count = 1
+    while count * block < end:
+        count *= 2
+    return Blocks(block, min(count, cache_slots // block))
 
 
 def _computed(params: Params, config: Qwen3Config) -> Params:
@@ -228,14 +258,16 @@ def _computed(params: Params, config: Qwen3Config) -> Params:
     return jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
 
 
-def _read_prompts(params: Params, group: Group, config: Qwen3Config, slots: int) -> Cache:
+def _read_prompts(
+    params: Params, group: Group, config: Qwen3Config, slots: int, blocks: Blocks | None
+) -> Cache:
     """Keys and values of a group's prompts, ``[L, F, M, P, H]``."""
     longest = group.prompts.shape[1]
     if config.attention == "xla":
         positions = jnp.broadcast_to(jnp.arange(longest), group.prompts.shape)
         # As long as the slots' own: a CPU sums a softmax over as many terms as there are, masked or not.
-        empty = empty_cache(config, len(group.lengths), slots)
-        _, cache = decode(params, group.prompts, positions, empty, config)
+        empty = empty_cache(config, len(group.lengths), blocks.slots if blocks else slots)
+        _, cache = decode(params, group.prompts, positions, empty, config, blocks)
     else:
         prompts = jnp.pad(group.prompts, [(0, 0), (0, -longest % FUSED)])
         inside = jnp.arange(prompts.shape[1]) < group.lengths[:, None]

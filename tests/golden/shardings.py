@@ -114,7 +114,7 @@ def _counted(case: Case, config: Config, state: Any, batch: Any, forward: Any, m
         programs = {
             "forward": forward,
             "prefill": jax.make_jaxpr(sampler.fill)(state.params, slots, group),
-            "a token": jax.make_jaxpr(sampler.advance)(state.params, slots, flags, count, count),
+            "a token": jax.make_jaxpr(sampler.advance)(state.params, slots, flags, count, count, None),
         }
     lines = []
     for name, program in programs.items():

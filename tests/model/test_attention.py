@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from opd_jax.model import make_mesh
-from opd_jax.model.attention import attention, causal_mask, row_attention
+from opd_jax.model.attention import (
+    Blocks,
+    attention,
+    block_attention,
+    cache_mask,
+    causal_mask,
+    row_attention,
+)
 
 # Two and a half sequences and padding; one sequence that fills its row; one with padding; padding alone.
 PACKED = [[1, 1, 1, 2, 3, 3, 3, 0, 0], [1] * 9]
@@ -55,6 +62,42 @@ def test_xla_attention_is_the_masked_one_to_the_bit():
     got = jax.jit(row_attention, static_argnums=4)(query, key, value, ids, "xla")
     want = jax.jit(lambda *x: attention(*x, causal_mask(ids)))(query, key, value)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "atol"), [("float32", 1, 2e-6), ("float32", 100, 2e-4), ("bfloat16", 1, 0.03)]
+)
+@pytest.mark.parametrize("positions", [[[3], [11], [12]], [[0, 1, 2, 3], [2, 9, 4, 0], [20, 21, 22, 23]]])
+def test_attention_in_blocks_is_attention(positions, dtype, scale, atol):
+    positions = jnp.asarray(positions)
+    query = scale * arrays(3, positions.shape[1], dtype=dtype)[0]
+    _, key, value, _ = arrays(3, 24, dtype=dtype, seed=1)
+    mask = cache_mask(positions, 24)
+    want = attention(query, key, value, mask)
+    assert want.dtype == dtype
+    for size in (1, 4, 24):
+        past = (x.swapaxes(1, 2) for x in (key, value))
+        got = block_attention(query, *past, mask, Blocks(size, 24 // size))
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.float32(got), np.float32(want), atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_beyond_the_last_position_change_no_bit(dtype):
+    positions = jnp.asarray([[3], [15], [9]])
+    query = 5 * arrays(3, 1, dtype=dtype)[0]
+    _, key, value, _ = arrays(3, 64, dtype=dtype, seed=1)
+    # What lies there would outweigh all else by far.
+    key, value = (x.at[:, 16:].mul(1e4).swapaxes(1, 2) for x in (key, value))
+    read = jax.jit(block_attention, static_argnums=4)
+
+    def up_to(blocks):
+        past = (x[:, :, : blocks.slots] for x in (key, value))
+        return read(query, *past, cache_mask(positions, blocks.slots), blocks)
+
+    want = up_to(Blocks(8, 2))
+    for number in (3, 4, 8):
+        np.testing.assert_array_equal(up_to(Blocks(8, number)), want)
 
 
 def test_an_unknown_kernel_is_no_kernel():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from opd_jax.model import forward, parameter_count, parameter_table, preset
+from opd_jax.model.attention import Blocks
 from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
 from opd_jax.model.hf import hf_tensors, to_hf
 from opd_jax.model.parameters import init_params
@@ -122,7 +123,8 @@ def test_rope_theta_is_read(small):
     assert float(jnp.abs(forward(params, tokens, config) - forward(params, tokens, other)).max()) > 1e-2
 
 
-def test_a_cache_gives_the_same_as_the_whole_row(small):
+@pytest.mark.parametrize("blocks", [None, Blocks(3, 4), Blocks(5, 2)])
+def test_a_cache_gives_the_same_as_the_whole_row(small, blocks):
     config, params = small
     rng = np.random.default_rng(1)
     tokens = jnp.array(rng.integers(config.vocab_size, size=(3, 9)))
@@ -132,14 +134,14 @@ def test_a_cache_gives_the_same_as_the_whole_row(small):
     garbage = jnp.array(rng.integers(config.vocab_size, size=(3, 5)))
     prompt = jnp.where(jnp.arange(5) < lengths[:, None], tokens[:, :5], garbage)
     cache = empty_cache(config, 3, 12)
-    hidden, cache = decode(params, prompt, jnp.broadcast_to(jnp.arange(5), (3, 5)), cache, config)
+    hidden, cache = decode(params, prompt, jnp.broadcast_to(jnp.arange(5), (3, 5)), cache, config, blocks)
     last = hidden[jnp.arange(3), lengths - 1]
     want = whole[jnp.arange(3), lengths - 1]
     np.testing.assert_allclose(logits(last, params, config), want, atol=2e-5)
     for step in range(4):
         position = lengths + step
         token = tokens[jnp.arange(3), position]
-        hidden, cache = decode(params, token[:, None], position[:, None], cache, config)
+        hidden, cache = decode(params, token[:, None], position[:, None], cache, config, blocks)
         want = whole[jnp.arange(3), position]
         np.testing.assert_allclose(logits(hidden[:, 0], params, config), want, atol=2e-5)
 

@@ -1,5 +1,6 @@
 """Plans for TPUs that are not here, by their own compiler; skipped where that is not installed."""
 
+import dataclasses
 import importlib.util
 import os
 
@@ -9,11 +10,13 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from opd_jax.lab import student, teacher
-from opd_jax.model import make_mesh
+from opd_jax.model import make_mesh, parameter_table, preset
+from opd_jax.model.parameters import abstract_params
 from opd_jax.plan import devices_of
 from opd_jax.plan.command import plan
-from opd_jax.plan.programs import _why
+from opd_jax.plan.programs import _why, abstract_slots, bytes_on_device
 from opd_jax.plan.topology import memory_of
+from opd_jax.rollout import make_sampler
 from tests.conftest import tiny_config
 
 pytestmark = [
@@ -65,3 +68,26 @@ def test_the_programs_of_a_run_compile_for_a_tpu():
         assert 0 < program.total < memory / 100
     assert programs[-1].traffic["all-gather"] > 0
     assert os.environ["TPU_SKIP_MDS_QUERY"]
+
+
+@pytest.mark.parametrize("response", [1025, 1030])
+def test_a_step_of_sampling_holds_its_cache_once(response):
+    """Of a length that the compiler's tiles divide, and of one that they do not."""
+    model = dataclasses.replace(preset("qwen3-0.6b"), num_hidden_layers=4, vocab_size=512, eos_token_id=0)
+    sampler = make_sampler(
+        model,
+        slots=64,
+        max_prompt=512,
+        max_response=response,
+        temperature=1.0,
+        top_p=1.0,
+        usable=512,
+        block=4096,
+    )
+    mesh = make_mesh(devices=devices_of("v5p:2x2x1")[:1])
+    slots, _ = abstract_slots(sampler, mesh)
+    params = abstract_params(parameter_table(model), jnp.dtype(model.compute_dtype))
+    empty, count = jax.ShapeDtypeStruct((64,), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):
+        compiled = sampler.advance.lower(params, slots, empty, count, count, None).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < bytes_on_device(slots.cache) / 4

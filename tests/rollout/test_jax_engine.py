@@ -158,6 +158,34 @@ def test_refilling_compiles_nothing_again(small):
     assert [f._cache_size() for f in (sampler.begin, sampler.fill, sampler.advance)] == [1, 1, 1]
 
 
+def test_a_long_cache_is_read_as_far_as_it_is_filled(small, drawn, monkeypatch):
+    """What shares the slots decides how much is read, and nothing else."""
+    monkeypatch.setattr(module, "STEPS", 4)
+    sampler, wanted, read = sampler_of(small, block=4), requests(12), []
+    assert sampler.cache_slots == 28
+
+    def watched(params, state, *how):
+        live, blocks = ~(state.rows.done | how[0]), how[-1]
+        position = jnp.where(live, state.rows.position, 0).max()
+        state, told = sampler.advance(params, state, *how)
+        read.append(blocks.number)
+        # As far as the longest of those slots may get, and to no more than the next power of two.
+        assert position + 4 <= blocks.slots or blocks.slots == 28
+        assert blocks.number == 1 or 4 * (blocks.number // 2) < position + 4
+        return state, told
+
+    engine = JaxEngine(dataclasses.replace(sampler, advance=watched), small[1], stream(0, "sample"))
+    found = list(in_order(engine.draw(wanted)))
+    assert set(read) == {2, 4, 7}
+    assert sampler.advance._cache_size() == 3
+    for a, b in zip(drawn, found, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    same(found[::5], draw(small, wanted[::5], block=4))
+    shortest = min(range(24), key=lambda index: len(found[index].ids))
+    same(found[shortest : shortest + 1], draw(small, wanted[shortest : shortest + 1], block=4))
+
+
 def test_a_long_response_holds_nothing_up(small):
     """What finishes is handed over while the longest is still being drawn, and its slot is used again."""
     wanted = requests(12)
@@ -166,9 +194,9 @@ def test_a_long_response_holds_nothing_up(small):
     sampler = sampler_of(small, slots=2, stop_ids=(V - 1,), banned=(V - 1,))
     steps = []
 
-    def counted(params, state, empty, most, enough):
+    def counted(params, state, *how):
         before = int(state.rows.drawn.sum())
-        state, told = sampler.advance(params, state, empty, most, enough)
+        state, told = sampler.advance(params, state, *how)
         steps.append(int(told.drawn.sum()) - before)
         return state, told
 
@@ -180,19 +208,20 @@ def test_a_long_response_holds_nothing_up(small):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "block"),
     [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"data": 4}, marks=pytest.mark.slow),
-        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 1024, marks=pytest.mark.slow),
+        pytest.param({"data": 4}, 1024, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, 1024, marks=pytest.mark.slow),
     ],
 )
-def test_slots_over_a_mesh_draw_the_same(small, shape):
+def test_slots_over_a_mesh_draw_the_same(small, shape, block):
     config, params = small
     wanted, mesh = requests(9), make_mesh(**shape)
     want = draw(small, wanted, slots=8)
     with jax.set_mesh(mesh):
-        sampler = sampler_of(small, slots=8)
+        sampler = sampler_of(small, slots=8, block=block)
         placed = jax.device_put(params, param_shardings(config, mesh))
         got = list(sample(sampler, placed, wanted, stream(0, "sample")))
         programs = sampler.begin, sampler.fill, sampler.advance
