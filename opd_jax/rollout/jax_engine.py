@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Interrupted, Stop, never
 from opd_jax.keys import stream
 from opd_jax.rollout.engine import Generated, Request, in_order
 from opd_jax.rollout.slots import Group, Sampler
@@ -33,14 +34,21 @@ class JaxEngine:
       params: of the model that acts.
       root: key of the stream, see `opd_jax.keys.stream`.
       find_stop: from `stop_finder`, where strings end a response too.
+      stop: asked while it draws.
     """
 
     name = "jax"
 
     def __init__(
-        self, sampler: Sampler, params: Params, root: Array, *, find_stop: FindStop | None = None
+        self,
+        sampler: Sampler,
+        params: Params,
+        root: Array,
+        *,
+        find_stop: FindStop | None = None,
+        stop: Stop = never,
     ) -> None:
-        self.sampler, self.params, self.find_stop = sampler, params, find_stop
+        self.sampler, self.params, self.find_stop, self.stop = sampler, params, find_stop, stop
         self.root = np.asarray(jax.random.key_data(root))
         self.logprob_temperature = sampler.temperature or 1.0
 
@@ -52,6 +60,7 @@ class JaxEngine:
 
         Raises:
           InputError: a prompt is empty or longer than the sampler's, or a limit is out of range.
+          Interrupted: ``stop`` turned true. What was finished until then has been yielded.
         """
         sampler = self.sampler
         self._check(requests)
@@ -87,6 +96,9 @@ class JaxEngine:
                 logprobs = progress.logprobs[slot, : cut or length].copy()
                 truncated = cut is None and int(ids[-1]) not in sampler.stop_ids
                 finished.append((inside.pop(slot), Generated(ids, logprobs, truncated)))
+            if self.stop():
+                yield from finished
+                raise Interrupted
         yield from finished
 
     def _check(self, requests: Sequence[Request]) -> None:

@@ -6,17 +6,19 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import grain
 import numpy as np
 
 from opd_jax.config import Config
-from opd_jax.interrupt import Interrupted, Stop
+from opd_jax.interrupt import Interrupted, Stop, never
 from opd_jax.keys import derived_seed, stream
-from opd_jax.processes import first_alone, is_first, wait_for_all
-from opd_jax.rollout.engine import Request, in_order
+from opd_jax.processes import agreed, first_alone, is_first, wait_for_all
+from opd_jax.rollout.engine import Request
+from opd_jax.rollout.schema import check_rollout
+from opd_jax.rollout.scratch import Arrays, Scratch, clear_work
 from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups
@@ -26,7 +28,9 @@ from opd_jax.train.run import Run
 from opd_jax.train.serving import server_engine
 
 Found = TypeVar("Found")
-SECONDS = 5.0  # after which what servers have finished is stored
+Draws = Sequence[tuple[Problem, int]]  # of a round: each problem, and which sample of it
+SECONDS = 5.0  # after which what is finished is kept
+SHARD_ROWS = 256  # of a round in one file
 
 
 def draws_of_round(config: Config, problems: Sequence[Problem], round_: int) -> list[tuple[Problem, int]]:
@@ -63,33 +67,71 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them.
 
-    Whenever ``sampling.slots`` of them are drawn they are stored, those of servers every few seconds; what
-    a process that was killed had stored is not drawn again.
+    What is finished is kept every few seconds, and not drawn again after a kill. Once all are there, they are
+    written in the order of their draws: the files are the same however often a process was stopped.
     """
     round_, config = len(run.rollouts.rounds), run.config
     run.make_room("policy")
     draws = draws_of_round(config, run.problems, round_)
     # A sum over all devices, so all processes take part.
     made_by = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
+    asked = [[problem.id, number] for problem, number in draws]
     with writing(run.rollouts):
-        rollouts = found_by_all(lambda: run.rollouts.pending(round_, **made_by), f"rollouts of {round_}")
-        done = {(rollout.problem, rollout.sample) for rollout in rollouts}
-        left = [(problem, number) for problem, number in draws if (problem.id, number) not in done]
-        patience = SECONDS if config.engine.kind == "server" else math.inf
-        for finished in batches(_drawn(run, round_, left, stop), config.sampling.slots, patience):
-            first_alone(functools.partial(run.rollouts.append, finished, **made_by))
-            rollouts += finished
+        place = run.rollouts.place
+        if round_:  # of a process that was killed after it sealed
+            first_alone(lambda: clear_work(place, round_ - 1))
+        scratch = Scratch(place, round_, {"about": run.rollouts.about, **made_by, "draws": asked})
+        prompts = _prompts(run, draws)
+        pieces = found_by_all(scratch.found, f"rollouts of {round_}").values()
+        drawn = {index: one for piece in pieces for index, one in _unpacked(piece, round_, draws, prompts)}
+        for finished in batches(_drawn(run, round_, draws, prompts, drawn, stop), len(draws), SECONDS):
+            for index, rollout in finished:
+                check_rollout(rollout, f"rollout {index} of round {round_}")
+            first_alone(functools.partial(scratch.keep, f"drawn-{finished[0][0]:05d}", _packed(finished)))
+            drawn |= dict(finished)
             if stop():
                 raise Interrupted
-        first_alone(
-            functools.partial(
-                run.rollouts.seal,
+        rollouts = [drawn[index] for index in range(len(draws))]
+
+        def store() -> None:
+            run.rollouts.discard(round_)  # of a process that was killed here; all of it is in hand
+            for start in range(0, len(rollouts), SHARD_ROWS):
+                run.rollouts.append(rollouts[start : start + SHARD_ROWS], **made_by)
+            run.rollouts.seal(
                 round_,
                 **made_by,
                 reward=float(np.mean([rollout.reward for rollout in rollouts])),
                 truncated=float(np.mean([rollout.truncated for rollout in rollouts])),
             )
-        )
+            clear_work(place, round_)
+
+        first_alone(store)
+
+
+def _packed(finished: Sequence[tuple[int, Rollout]]) -> Arrays:
+    """Rollouts, and which draws of the round they are, as one piece of work."""
+    rollouts = [one for _, one in finished]
+    return {
+        "draw": np.array([index for index, _ in finished]),
+        "length": np.array([len(one.response_ids) for one in rollouts]),
+        "ids": np.concatenate([one.response_ids for one in rollouts]),
+        "logprobs": np.concatenate([one.behaviour_logprobs for one in rollouts]),
+        "truncated": np.array([one.truncated for one in rollouts]),
+        "reward": np.array([one.reward for one in rollouts]),
+    }
+
+
+def _unpacked(
+    piece: Arrays, round_: int, draws: Draws, prompts: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, Rollout]]:
+    ends = np.cumsum(piece["length"])[:-1]
+    ids, logprobs = (np.split(piece[name], ends) for name in ("ids", "logprobs"))
+    told = zip(piece["draw"], ids, logprobs, piece["truncated"], piece["reward"], strict=True)
+    for index, own_ids, own_logprobs, truncated, reward in told:
+        problem, number = draws[index]
+        prompt = prompts[problem.id]
+        drawn = own_ids, own_logprobs, bool(truncated), float(reward)
+        yield int(index), Rollout(round_, problem.id, number, prompt, *drawn)
 
 
 def batches(drawn: Iterator[Found], size: int, patience: float) -> Iterator[list[Found]]:
@@ -99,10 +141,12 @@ def batches(drawn: Iterator[Found], size: int, patience: float) -> Iterator[list
     """
     batch: list[Found] = []
     began = time.monotonic()
+    # Clocks differ, and all processes have to go on with the same.
+    late = agreed(lambda: time.monotonic() - began > patience) if patience < math.inf else never
     try:
         for one in drawn:
             batch.append(one)
-            if len(batch) == size or time.monotonic() - began > patience:
+            if len(batch) == size or late():
                 yield batch
                 batch, began = [], time.monotonic()
     except GeneratorExit:  # nobody listens any more
@@ -115,32 +159,48 @@ def batches(drawn: Iterator[Found], size: int, patience: float) -> Iterator[list
         yield batch
 
 
-def _drawn(run: Run, round_: int, draws: Sequence[tuple[Problem, int]], stop: Stop) -> Iterator[Rollout]:
-    """Graded rollouts of the present student, as they are finished."""
-    if not draws:
+def _drawn(
+    run: Run,
+    round_: int,
+    draws: Draws,
+    prompts: Mapping[str, np.ndarray],
+    done: Collection[int],
+    stop: Stop,
+) -> Iterator[tuple[int, Rollout]]:
+    """Graded rollouts of the present student, all but those that are done, as they are finished."""
+    left = [index for index in range(len(draws)) if index not in done]
+    if not left:
         return
-    asked = {problem.id: problem.prompt for problem, _ in draws}
-    prompts = {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
-    requests = [Request(prompts[problem.id], problem.key, number) for problem, number in draws]
+    requests = [
+        Request(prompts[problem.id], problem.key, number) for problem, number in (draws[i] for i in left)
+    ]
     if run.config.engine.kind == "server":
         drawn = server_engine(run, stop).draw(requests)
     else:
-        # In order: then the files are the same whether or not a process was killed meanwhile.
-        engine = engine_of(run, "student", run.config.sampling, stream(run.config.seed, "sample"))
-        drawn = enumerate(in_order(engine.draw(requests)))
+        root = stream(run.config.seed, "sample")
+        drawn = engine_of(run, "student", run.config.sampling, root, stop).draw(requests)
     for index, generated in drawn:
-        problem, number = draws[index]
+        problem, number = draws[left[index]]
         text = decode_response(run.tokenizer, generated.ids)
-        yield Rollout(
-            round=round_,
-            problem=problem.id,
-            sample=number,
-            prompt_ids=prompts[problem.id],
-            response_ids=generated.ids,
-            behaviour_logprobs=generated.logprobs,
-            truncated=generated.truncated,
-            reward=float(grade(text, problem.answer)),
+        yield (
+            left[index],
+            Rollout(
+                round=round_,
+                problem=problem.id,
+                sample=number,
+                prompt_ids=prompts[problem.id],
+                response_ids=generated.ids,
+                behaviour_logprobs=generated.logprobs,
+                truncated=generated.truncated,
+                reward=float(grade(text, problem.answer)),
+            ),
         )
+
+
+def _prompts(run: Run, draws: Draws) -> dict[str, np.ndarray]:
+    """The prompts of a round, as tokens, by their problem."""
+    asked = {problem.id: problem.prompt for problem, _ in draws}
+    return {name: prompt_ids(run.tokenizer, text, run.config.problems) for name, text in asked.items()}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import jax
 
 from opd_jax.config import EvaluationConfig, SamplingConfig
 from opd_jax.errors import InputError
+from opd_jax.interrupt import Stop, never
 from opd_jax.model.config_json import read_stop_ids
 from opd_jax.rollout import JaxEngine, make_sampler, stop_finder
 from opd_jax.tasks import decode_response
@@ -19,7 +20,13 @@ from opd_jax.train.run import Run
 Who = Literal["student", "base", "teacher"]
 
 
-def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, root: jax.Array) -> JaxEngine:
+def engine_of(
+    run: Run,
+    who: Who,
+    drawing: SamplingConfig | EvaluationConfig,
+    root: jax.Array,
+    stop: Stop = never,
+) -> JaxEngine:
     """The JAX sampler of one of a run's models.
 
     Args:
@@ -27,6 +34,7 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
       who: the ``student`` as it is now, the ``base`` it began as, or the ``teacher``.
       drawing: temperature, top-p and top-k; all else is as in sampling.
       root: key of the stream.
+      stop: asked while it draws.
 
     Raises:
       InputError: an id in ``sampling.stop_ids`` is outside the vocabulary.
@@ -51,7 +59,7 @@ def engine_of(run: Run, who: Who, drawing: SamplingConfig | EvaluationConfig, ro
     params = {"student": lambda: run.policy, "base": lambda: run.base, "teacher": lambda: run.teacher}[who]()
     text = functools.partial(decode_response, run.tokenizer)
     find_stop = stop_finder(sampling.stop, text) if sampling.stop else None
-    return JaxEngine(sampler, params, root, find_stop=find_stop)
+    return JaxEngine(sampler, params, root, find_stop=find_stop, stop=stop)
 
 
 def check_ids(run: Run) -> None:

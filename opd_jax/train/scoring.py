@@ -31,14 +31,12 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.scratch import Arrays, Scratch, clear_work
 from opd_jax.rollout.store import Rollout
 from opd_jax.train.choices import stored_extras
-from opd_jax.train.collect import draws_of_round, found_by_all, minibatch_plan, writing
+from opd_jax.train.collect import SHARD_ROWS, draws_of_round, found_by_all, minibatch_plan, writing
 from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
 from opd_jax.train.serving import teacher_by_servers
 from opd_jax.types import Rows
-
-SHARD_ROWS = 256  # of a scored round in one file
 
 
 class Part(NamedTuple):

@@ -22,6 +22,7 @@ from opd_jax import commands  # noqa: F401  loads all that a command needs, so t
 from opd_jax.cli import main
 from opd_jax.rollout import RolloutStore
 from opd_jax.settings import config_file
+from opd_jax.train import collect
 
 SHAPE = (
     "--sampling.slots=4",
@@ -29,6 +30,7 @@ SHAPE = (
     "--loss.terms=[reference_kl]",
     "--loss.kl_weight=1",
 )
+collect.SECONDS = -1.0  # every rollout is kept as soon as it is drawn
 STORES = {"sample": "rollouts", "score": "scored"}
 
 
@@ -71,9 +73,8 @@ def content(run: Path) -> list[str]:
 
 
 def sealing(store: Path) -> bool:
-    """Whether a round is about to be sealed: all four parts of it are there, or its scores are written."""
-    staged = list((store / ".round-00000").glob("part-*"))
-    return len(staged) == (4 if store.name == "rollouts" else 1) or (store / "round-00000").exists()
+    """Whether a round is about to be sealed: its rollouts, or their scores, are written."""
+    return bool(list((store / ".round-00000").glob("part-*"))) or (store / "round-00000").exists()
 
 
 def do(run: Path, part: str, chance: random.Random, lasts: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from opd_jax.cli import main
 from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted
 from opd_jax.model import forward
+from opd_jax.rollout import RolloutStore, jax_engine
 from opd_jax.rollout.rows import lengths_of
 from opd_jax.rollout.score import full_logprobs, rows_of
 from opd_jax.train import collect, scoring
@@ -26,7 +27,7 @@ from opd_jax.train.scoring import parts_by_length
 from tests.conftest import tiny_config
 from tests.train.conftest import ignore, never
 
-# Four parts of four rollouts; four micro-batches, read by policy, reference and teacher.
+# Sixteen rollouts in four slots; four micro-batches, read by policy, reference and teacher.
 SHAPE = (
     "--sampling.slots=4",
     "--schedule.microbatches=2",
@@ -71,30 +72,92 @@ def drawing(monkeypatch, draw):
     )
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_sampling_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, parts):
-    run = without(whole, tmp_path, "rollouts", "scored")
-    staged = run.folder / "rollouts" / ".round-00000"
-    with pytest.raises(Interrupted):
-        do_part(run, "sample", ignore, lambda: len(list(staged.glob("part-*"))) >= parts)
-    assert run.rollouts.rounds == []
-    assert len(run.rollouts.pending(0)) == 4 * parts
-    asked = []
+def kept(run):
+    """What is kept of a round that is being drawn."""
+    return sorted((run.folder / "rollouts" / ".work-00000").glob("drawn-*.npz"))
 
-    drawing(monkeypatch, lambda engine, requests: asked.append(len(requests)) or engine.draw(requests))
-    do_part(open_run(run.folder), "sample", ignore, never)
-    assert asked == ([16 - 4 * parts] if parts < 4 else [])
+
+def drawn_by(monkeypatch, run):
+    """How many rollouts are asked for when the run goes on sampling."""
+    asked = []
+    with monkeypatch.context() as patch:
+        drawing(patch, lambda engine, requests: asked.append(len(requests)) or engine.draw(requests))
+        do_part(open_run(run.folder), "sample", ignore, never)
+    return sum(asked)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every rollout is kept as soon as it is drawn."""
+    monkeypatch.setattr(collect, "SECONDS", -1.0)
+
+
+@pytest.mark.parametrize("count", [1, 6, 16])
+def test_sampling_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, at_once, count):
+    run = without(whole, tmp_path, "rollouts", "scored")
+    with pytest.raises(Interrupted):
+        do_part(run, "sample", ignore, lambda: len(kept(run)) >= count)
+    assert run.rollouts.rounds == []
+    assert len(kept(run)) == count
+    torn = kept(run)[0]
+    torn.write_bytes(torn.read_bytes()[:-1])  # which is drawn again
+    assert drawn_by(monkeypatch, run) == 16 - count + 1
+    assert files(run, "rollouts") == files(whole, "rollouts")
+
+
+def test_rollouts_are_kept_in_whatever_order_they_are_finished(whole, tmp_path, monkeypatch, at_once):
+    run = without(whole, tmp_path, "rollouts", "scored")
+    with monkeypatch.context() as patch:
+        drawing(patch, lambda engine, requests: sorted(engine.draw(requests), key=lambda one: -one[0]))
+        with pytest.raises(Interrupted):
+            do_part(run, "sample", ignore, lambda: len(kept(run)) >= 3)
+    assert [file.name.split("-")[1] for file in kept(run)] == ["00013", "00014", "00015"]
+    assert drawn_by(monkeypatch, run) == 13
+    assert files(run, "rollouts") == files(whole, "rollouts")
+
+
+def test_a_user_who_stops_does_not_wait_for_a_response(whole, tmp_path, monkeypatch):
+    """The host looks every few tokens; most responses have many."""
+    monkeypatch.setattr(jax_engine, "STEPS", 2)
+    run, asked = without(whole, tmp_path, "rollouts", "scored"), []
+    with pytest.raises(Interrupted):
+        do_part(run, "sample", ignore, lambda: asked.append(1) or len(asked) > 2)
+    assert len(asked) == 3
+    assert kept(run) == []
+
+
+def test_rollouts_of_another_policy_are_not_taken(whole, tmp_path, monkeypatch, at_once):
+    run = without(whole, tmp_path, "rollouts", "scored")
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "params_digest", lambda params: "another")
+        with pytest.raises(Interrupted):
+            do_part(run, "sample", ignore, lambda: len(kept(run)) >= 5)
+    assert drawn_by(monkeypatch, run) == 16
+    assert files(run, "rollouts") == files(whole, "rollouts")
+
+
+def test_a_round_that_was_not_sealed_is_written_again(whole, tmp_path, monkeypatch):
+    run = without(whole, tmp_path, "rollouts", "scored")
+
+    def broken_off(*args, **about):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutStore, "seal", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            do_part(run, "sample", ignore, never)
+    assert drawn_by(monkeypatch, run) == 0
     assert files(run, "rollouts") == files(whole, "rollouts")
 
 
 @pytest.mark.parametrize("count", [1, 4, 7, 11])
 def test_scoring_goes_on_where_it_stopped(whole, tmp_path, monkeypatch, count):
     run = without(whole, tmp_path, "scored")
-    kept = lambda: sorted((run.folder / "scored" / ".work-00000").glob("*.npz"))  # noqa: E731
+    pieces = lambda: sorted((run.folder / "scored" / ".work-00000").glob("*.npz"))  # noqa: E731
     with pytest.raises(Interrupted):
-        do_part(run, "score", ignore, lambda: len(kept()) >= count)
-    assert [file.name.rsplit("-", 2)[0] for file in kept()] == PIECES[:count]
-    torn = kept()[0]
+        do_part(run, "score", ignore, lambda: len(pieces()) >= count)
+    assert [file.name.rsplit("-", 2)[0] for file in pieces()] == PIECES[:count]
+    torn = pieces()[0]
     torn.write_bytes(torn.read_bytes()[:-1])  # which is read again, alone
     read = []
     for stage in ("policy", "reference", "teacher"):
@@ -140,10 +203,11 @@ def test_what_was_drawn_before_an_engine_broke_off_is_kept(whole, tmp_path, monk
         drawing(patch, breaking)
         with pytest.raises(error):
             do_part(run, "sample", ignore, never)
-    assert len(open_run(run.folder).rollouts.pending(0)) == 6
+    assert drawn_by(monkeypatch, run) == 10
+    assert files(run, "rollouts") == files(whole, "rollouts")
 
 
-def test_what_servers_drew_is_stored_every_few_seconds(monkeypatch):
+def test_what_is_drawn_is_kept_every_few_seconds(monkeypatch):
     clock = iter(range(0, 100, 2))  # seconds
     monkeypatch.setattr(collect.time, "monotonic", lambda: next(clock))
     rollouts = list(range(12))
@@ -178,14 +242,16 @@ def test_scores_of_other_work_are_not_taken(whole, tmp_path, monkeypatch):
     assert not work.exists()
 
 
-def test_a_full_disk_is_said_and_costs_nothing_that_was_finished(whole, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_said_and_costs_nothing_that_was_finished(
+    whole, tmp_path, monkeypatch, capsys, at_once
+):
     run = without(whole, tmp_path, "rollouts", "scored")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def filling(engine, requests):
         for count, drawn in enumerate(sorted(engine.draw(requests))):
             if count == 8:  # no file may grow beyond this from now on
-                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
             yield drawn
 
     with monkeypatch.context() as patch:
@@ -197,9 +263,9 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_finished(whole, tmp_path
     captured = capsys.readouterr()
     [line] = captured.err.strip().splitlines()
     assert line.startswith("opd: a store must have room, and leave to write: ")
-    assert "part-00002" in line
+    assert ".work-00000/drawn-00008" in line
     assert "File too large" in line
-    assert len(run.rollouts.pending(0)) == 8
+    assert len(kept(run)) == 8
     assert not [f for f in (run.folder / "rollouts").rglob("*.part")]
     assert main(["sample", str(run.folder)]) == 0
     assert files(run, "rollouts") == files(whole, "rollouts")
