@@ -57,7 +57,7 @@ class RolloutStore:
         the first 12 characters will do.
 
     Raises:
-      InputError: the store was written for something else, or its manifest is damaged.
+      InputError: the store was written for something else, or its manifest is damaged or lost.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class RolloutStore:
         self._locked = self._entered = False
         self._numbers: dict[int, set[int]] = {}  # of the parts of rounds that are not sealed
         self._manifest = ManifestFile(self.place, self.about)
+        self._refuse_orphans()
         refuse_others(self.path, self.about_store, self.about, accept)
 
     # What is sealed
@@ -379,7 +380,7 @@ class RolloutStore:
         if not self._locked:
             self.place.lock()
             self._locked = True
-            try:
+            try:  # which another writer may have lost meanwhile
                 self._refuse_orphans()
             except InputError:
                 self.close()

@@ -60,7 +60,8 @@ def inspect_store(
 
     Raises:
       InputError: there is no store, it has one column of log-probs only or two of different temperatures,
-        or the gate asks for what no store has.
+        the gate asks for what no store has, or, where all rounds are read, a file of it is missing, changed
+        or a stranger's.
     """
     store, beside = RolloutStore(path), RolloutStore(old_store(path))
     _check_temperatures(store)
@@ -69,6 +70,8 @@ def inspect_store(
     if config.gate.segments == "newline" and newline is None:
         raise InputError("gate.segments=newline needs texts: name the model's folder with --tokenizer")
     _check_needs(config)
+    if not rounds:
+        store.verify()
     return [_read(store, beside, round_, config, newline) for round_ in rounds or store.rounds]
 
 

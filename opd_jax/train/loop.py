@@ -25,12 +25,14 @@ from opd_jax.method import special_tokens_out
 from opd_jax.model.lora import save_adapter
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import agreed, first_alone, is_first
+from opd_jax.rollout.manifest import refuse_others
 from opd_jax.rollout.score import batch_of
 from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round
 from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.export import write_policy
+from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
@@ -119,6 +121,8 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     round_ = first // schedule.updates_per_round
     check_extras(run, round_)
     run.make_room("state")
+    if first % schedule.updates_per_round == 0:
+        check_policies(run, round_)
     rollouts = run.scored.read(round_)
     drawn_at = run.rollouts.shard(round_)["update"]
     staleness = round_ - drawn_at // schedule.updates_per_round
@@ -186,6 +190,24 @@ def special_ids(run: Run) -> tuple[int, ...]:
     ends = {run.tokenizer.eos_token_id, *run.stop_ids}
     listed = run.config.loss.special_ids
     return tuple(sorted(set(listed) - ends)) if listed else vocabulary.special_ids(run.tokenizer, ends)
+
+
+def check_policies(run: Run, round_: int) -> None:
+    """Refuse rollouts that were drawn by another student than this run had when they were due.
+
+    Runs that share a store (``store.at``) may go on with it, each with settings of its own. Asked between
+    two rounds of training: what was drawn at this update was drawn by the student as it is now.
+
+    Raises:
+      InputError: they were drawn by another, or at another update, and that is not accepted by name.
+    """
+    schedule, rollouts, accept = run.config.schedule, run.rollouts, run.config.store.accept
+    due = max(0, round_ - schedule.staleness) * schedule.updates_per_round
+    refuse_others(rollouts.path, {"update": rollouts.shard(round_)["update"]}, {"update": due}, accept)
+    update, policy = int(run.state.update), params_digest(run.state.params)
+    for told in map(rollouts.shard, rollouts.rounds):
+        if told["update"] == update:
+            refuse_others(rollouts.path, {"policy": told["policy"]}, {"policy": policy}, accept)
 
 
 def check_extras(run: Run, round_: int) -> None:

@@ -201,6 +201,7 @@ class Run:
         about = {
             **self.about,
             kept: self.rollouts.about_store.get(kept, self.about[kept]),
+            "compute_dtype": self.config.model.compute_dtype,
             "teacher": self.identity["teacher"],
             "top_k": self.config.loss.top_k,
         }
@@ -267,9 +268,9 @@ class Run:
         """
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract_state(self._table, self.optimizer, self._shardings))
-        schedule, done = self.config.schedule, len(read_lines(self.metrics_file))
+        done = len(read_lines(self.metrics_file))
         # Before the first state is saved there is at most one round of updates.
-        if done > schedule.updates_per_round or len(self.rollouts.rounds) > 1 + schedule.staleness:
+        if done > self.config.schedule.updates_per_round:
             raise InputError(
                 f"a run that has trained must have its state: {self.folder} has none in checkpoints after "
                 f"{done} updates; restore it, or start a new run folder"

@@ -67,7 +67,8 @@ def score_round(run: Run, stop: Stop) -> None:
     if told["policy"] != params_digest(run.state.params):
         raise InputError(
             f"old log-probs are read by the policy that sampled: the student in {run.folder} is not "
-            f"the one that drew round {round_}; restore its checkpoint, or start a new run folder"
+            f"the one that drew round {round_} of {run.rollouts.path}; score it in the run that drew it, or "
+            "restore that student's checkpoint"
         )
     rollouts = _as_drawn(run, round_)
     vocabularies = {"student": run.model.vocab_size, "teacher": run.teacher_model.vocab_size}

@@ -218,9 +218,10 @@ def test_shards_without_a_manifest_are_refused(tmp_path, sealed):
         store.append(rollouts(0))
         store.close()
     before = sorted(tmp_path.rglob("part-*"))
+    other = RolloutStore(tmp_path, ABOUT)
     (tmp_path / ".manifest.json").unlink()
-    other = RolloutStore(tmp_path, {"student": "other"})
     for act in (
+        lambda: RolloutStore(tmp_path),
         other.verify,
         other.__enter__,
         lambda: other.append([rollout(9)]),
