@@ -82,8 +82,8 @@ class StoreConfig:
 
     teacher_hidden: bool = False  # the teacher's last hidden states, bf16: see rollout.score.full_logprobs
     # Rollouts of another student, tokenizer, temperature, ... are refused unless what differs is named here
-    # with its value, as the refusal prints it: [student=0123456789ab, temperature=0.7]. They are trained on as
-    # they were scored.
+    # with its value, as the refusal prints it: [student=0123456789ab, temperature=0.7]. They are trained on
+    # as they were scored.
     accept: tuple[str, ...] = ()
 
 

@@ -203,7 +203,7 @@ def decode(data: bytes) -> list[Rollout]:
       ValueError: it is no such file.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(pa.BufferReader(data))
         names = [name for name in (*ROLLOUT, *SCORE) if name in table.column_names]
         columns = {name: values_of(name, table.column(name).combine_chunks()) for name in names}
         scored = "old_logprobs" in columns
@@ -226,7 +226,7 @@ def decode(data: bytes) -> list[Rollout]:
 def said_by(data: bytes) -> dict[str, Any]:
     """What a parquet file says of itself; nothing where it is no file of a store."""
     try:
-        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
         return dict(json.loads(metadata.get(_STAMP, b"{}")))
     except (pa.ArrowException, OSError, ValueError, TypeError):
         return {}

@@ -54,8 +54,9 @@ def check_keystone(found):
             assert case["pad_midway"] > 10
 
 
-# Measured over 1000 rollouts in bfloat16: 1e-6 and 0.013 for the tiny models, 0.014 and 0.072 for the lab's.
-BFLOAT16 = {"dense": (0.03, 0.03), "moe": (0.03, 0.03), "lab": (0.03, 0.15)}
+# Measured over 1000 rollouts in bfloat16: 1e-6 and 0.013 for the tiny models; for the lab's 0.022 and, by the
+# machine, 0.072 to 0.155 (6e-5 on average).
+BFLOAT16 = {"dense": (0.03, 0.03), "moe": (0.03, 0.03), "lab": (0.05, 0.3)}
 
 
 def test_keystone_cached_logprobs_are_teacher_forced_ones():
