@@ -132,22 +132,6 @@ def one_each(lengths: Sequence[int] | np.ndarray, width: int) -> Packing:
     return Packing(np.arange(len(lengths)), np.ones(len(lengths), int))
 
 
-def pack_rows(
-    prompts: Sequence[TokenIds], responses: Sequence[TokenIds], width: int, rows: int | None = None
-) -> tuple[Rows, np.ndarray]:
-    """Several sequences to a row: `make_rows` of what `pack` puts together.
-
-    Returns:
-      The rows, and ``[n]`` which sequence lies where: row by row, from left to right.
-
-    Raises:
-      InputError: as `make_rows` and `pack`.
-    """
-    order, counts = pack(lengths_of(prompts, responses), width, rows)
-    laid = make_rows([prompts[i] for i in order], [responses[i] for i in order], width, counts)
-    return laid, order
-
-
 def spread(values: Sequence[np.ndarray], mask: np.ndarray) -> np.ndarray:
     """Place per-token values of each response at its masked positions; zero elsewhere.
 

@@ -5,7 +5,7 @@ import pytest
 
 from opd_jax.errors import InputError
 from opd_jax.rollout import make_rows
-from opd_jax.rollout.rows import gather, lengths_of, pack, pack_rows, spread
+from opd_jax.rollout.rows import gather, lengths_of, pack, spread
 
 
 def test_position_t_speaks_of_the_token_predicted_at_t():
@@ -38,6 +38,12 @@ def test_nothing_empty_and_nothing_too_long():
         make_rows([[1], [1]], [[2], []], 4)
     with pytest.raises(InputError, match="takes 5 positions of 4"):
         make_rows([[1, 2]], [[1, 2, 3, 4]], 4)
+
+
+def pack_rows(prompts, responses, width, rows=None):
+    """Rows of several sequences, and which lies where."""
+    order, counts = pack(lengths_of(prompts, responses), width, rows)
+    return make_rows([prompts[i] for i in order], [responses[i] for i in order], width, counts), order
 
 
 def test_packed_rows_start_anew_at_every_sequence():
