@@ -203,7 +203,8 @@ def decode(data: bytes) -> list[Rollout]:
       ValueError: it is no such file.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # Without threads, some of which would now and then outlive the interpreter and abort it.
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         names = [name for name in (*ROLLOUT, *SCORE) if name in table.column_names]
         columns = {name: values_of(name, table.column(name).combine_chunks()) for name in names}
         scored = "old_logprobs" in columns
