@@ -97,10 +97,7 @@ class ObjectPlace:
         try:
             put = obstore.put(self._bucket, self._prefix + name, data, mode=mode, use_multipart=False)
         except FileNotFoundError:
-            raise InputError(
-                f"the bucket of an object store must be there: {self.path} has none; create it, or "
-                "check the URL"
-            ) from None
+            raise _no_bucket(self.path) from None
         except NotImplementedError as error:
             raise InputError(
                 "an object store must put on a condition, so that no writer undoes another's work: "
@@ -174,6 +171,8 @@ class ObjectPlace:
         except PreconditionError:
             raise
         except (BaseError, PermissionError) as error:
+            if "NoSuchBucket" in str(error):  # as a list is answered
+                raise _no_bucket(self.path) from None
             raise _silent(f"{self.path}/{name}", error) from None
 
 
@@ -244,6 +243,12 @@ def _bucket(url: str) -> Any:
         return MemoryStore() if url.startswith("memory://") else from_url(url)
     except (BaseError, ValueError) as error:  # of the URL, or of credentials that are files
         raise _silent(url, error) from None
+
+
+def _no_bucket(path: str) -> InputError:
+    return InputError(
+        f"the bucket of an object store must be there: {path} has none; create it, or check the URL"
+    )
 
 
 def _silent(what: str, error: Exception) -> InputError:
