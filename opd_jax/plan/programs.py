@@ -20,6 +20,7 @@ from opd_jax.model.parameters import Table, abstract_params
 from opd_jax.model.sharding import RULES, Rules, batch_sharding
 from opd_jax.plan.collectives import collective_bytes
 from opd_jax.plan.flops import program_flops
+from opd_jax.plan.topology import uncached
 from opd_jax.rollout.score import make_ids_scorer, make_scorer, make_topk_scorer
 from opd_jax.rollout.slots import Group, Sampler, State, make_sampler, placement
 from opd_jax.train.choices import stored_extras
@@ -238,7 +239,7 @@ def _compile(
     mesh: Mesh,
 ) -> Program:
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), uncached(mesh.devices.flat):
         flops = program_flops(function, *args) // mesh.size
         try:
             compiled = function.lower(*args).compile()  # type: ignore[attr-defined]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -54,6 +57,22 @@ def devices_of(topology: str) -> list[Any]:
             f"{topology!r} ({reason}); use h100:8 or v5e:16x16, for example, and install the extra gpu or tpu"
         ) from None
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def uncached(devices: Iterable[Any]) -> Iterator[None]:
+    """Keep nothing of what is compiled for devices that are not here.
+
+    JAX would find it in its cache the next time, and could not load it.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    if not set(devices) <= set(jax.devices()):
+        jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def memory_of(device: Any) -> int | None:

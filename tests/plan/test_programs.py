@@ -1,11 +1,13 @@
 """What a plan says of a program that its devices do not hold."""
 
+import math
 import types
 
+import jax
 import pytest
 
 from opd_jax.plan.programs import _why
-from opd_jax.plan.topology import GIB, memory_of
+from opd_jax.plan.topology import GIB, memory_of, uncached
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,14 @@ def test_the_sentence_on_what_was_used_is_found(error, said):
 def test_memory_is_what_the_compiler_has_not_what_is_built_in(kind, gib):
     device = types.SimpleNamespace(device_kind=kind, platform="tpu")
     assert memory_of(device) == pytest.approx(gib * GIB, abs=1)
+
+
+def test_nothing_is_kept_of_programs_for_devices_elsewhere():
+    """JAX could not load them, and would say so at every further plan."""
+    seconds = lambda: jax.config.jax_persistent_cache_min_compile_time_secs  # noqa: E731
+    before = seconds()
+    with uncached(["a device elsewhere"]):
+        assert seconds() == math.inf
+    assert seconds() == before
+    with uncached(jax.devices()):
+        assert seconds() == before
