@@ -89,7 +89,9 @@ def block_attention(
     of_cache = (*key.shape[:2], blocks.number, blocks.size, width)
     key, value = key.reshape(of_cache), value.reshape(of_cache)
     query = query.reshape(rows, length, key.shape[1], -1, width)
-    scores = jnp.einsum("btmgh,bmksh->bmktgs", query, key, preferred_element_type=jnp.float32)
+    # A product for each block: one over all of them would be added up in an order that their number decides.
+    query = jnp.broadcast_to(query[:, None], (rows, blocks.number, *query.shape[1:]))
+    scores = jnp.einsum("bktmgh,bmksh->bmktgs", query, key, preferred_element_type=jnp.float32)
     # [B, 1, T, S] -> [B, 1, K, T, 1, s]
     allowed = mask.reshape(rows, 1, length, blocks.number, blocks.size).swapaxes(2, 3)[..., None, :]
     scores = jnp.where(allowed, scores / math.sqrt(width), jnp.finfo(jnp.float32).min)

@@ -90,11 +90,11 @@ def refuse_others(
     """
     for name, expected in wanted.items():
         value = found.get(name)
-        if value != expected and not _is_named(accept, name, value):
+        if value != expected and not is_named(accept, name, value):
             raise InputError(
                 f"a store belongs to one {name}: {path} was written for {value!r}, this run has "
                 f"{expected!r}; use the run folder it was made for, or accept this one by name with "
-                f"--store.accept='[{name}={_short(value)}]'"
+                f"--store.accept='[{name}={short(value)}]'"
             )
 
 
@@ -102,14 +102,15 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return digest_of(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value as it is named in a setting."""
     text = value if isinstance(value, str) else json.dumps(value)
     is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
     return text[:SHORTEST] if is_digest else text
 
 
-def _is_named(accept: Sequence[str], name: str, value: Any) -> bool:
+def is_named(accept: Sequence[str], name: str, value: Any) -> bool:
+    """Whether a setting or digest is among those accepted by name and value."""
     for entry in accept:
         key, equals, text = entry.partition("=")
         if not equals:

@@ -209,12 +209,7 @@ class RolloutStore:
         manifest, version = self._manifest.read()
         if version is None:  # from here on the store says whose it is
             self._manifest.write(manifest, None)
-        for name, expected in self.about.items():
-            if manifest["about"].get(name) != expected:
-                raise InputError(
-                    f"rollouts of one {name} are not added to those of another: {self.path} was written for "
-                    f"{manifest['about'].get(name)!r}; name a new folder"
-                )
+        self._refuse_additions(manifest)
         for round_ in dict.fromkeys(rollout.round for rollout in rollouts):
             _refuse_sealed(manifest, round_, self.path)
             chosen = [rollout for rollout in rollouts if rollout.round == round_]
@@ -240,6 +235,14 @@ class RolloutStore:
                 self.place.create(f"{self.place.staged(_folder(round_))}/{name}", data)
             taken.add(number)
 
+    def _refuse_additions(self, manifest: Mapping[str, Any]) -> None:
+        for name, expected in self.about.items():
+            if manifest["about"].get(name) != expected:
+                raise InputError(
+                    f"rollouts of one {name} are not added to those of another: {self.path} was written for "
+                    f"{manifest['about'].get(name)!r}; name a new folder"
+                )
+
     def pending(self, round_: int, **made_by: Any) -> list[Rollout]:
         """The rollouts of a round that is not sealed yet, verified, in the order of their parts.
 
@@ -257,9 +260,15 @@ class RolloutStore:
         return [rollout for name, data in parts for rollout in self._decoded(name, data)]
 
     def discard(self, round_: int) -> None:
-        """Take away the parts of a round that is not sealed, which can be had again."""
+        """Take away the parts of a round that is not sealed, which can be had again.
+
+        Raises:
+          InputError: the round is sealed, or the store is of something else.
+        """
         with self._writing():
-            _refuse_sealed(self._manifest.read()[0], round_, self.path)
+            manifest, _ = self._manifest.read()
+            _refuse_sealed(manifest, round_, self.path)
+            self._refuse_additions(manifest)
             self._numbers.pop(round_, None)
             for name in self._part_names(round_):
                 self.place.remove(name)
@@ -355,9 +364,11 @@ class RolloutStore:
         return {name: int(match[1]) for name, match in found if match}
 
     def _refuse_orphans(self) -> None:
-        if self._manifest.read()[1] is None and (parts := self._all_parts()):
+        unvouched = self._manifest.read()[1] is None and self._all_parts()
+        # Read again: another may have begun the store in between.
+        if unvouched and self._manifest.read()[1] is None:
             raise InputError(
-                f"a store's shards are vouched for by its manifest: {self.path} has {min(parts)} and no "
+                f"a store's shards are vouched for by its manifest: {self.path} has {min(unvouched)} and no "
                 f"{MANIFEST}; restore it from a copy, or name a new folder"
             )
 

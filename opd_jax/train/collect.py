@@ -23,7 +23,7 @@ from opd_jax.rollout.store import Rollout, RolloutStore
 from opd_jax.tasks import Problem, decode_response, grade, prompt_ids
 from opd_jax.train.choices import needs_groups
 from opd_jax.train.engines import engine_of
-from opd_jax.train.identity import params_digest
+from opd_jax.train.identity import note_policy, params_digest
 from opd_jax.train.run import Run
 from opd_jax.train.serving import server_engine
 
@@ -67,8 +67,8 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
 def sample_round(run: Run, stop: Stop) -> None:
     """Draw the next round's rollouts with the present student, grade and store them.
 
-    What is finished is kept every few seconds, and not drawn again after a kill. Once all are there, they are
-    written in the order of their draws: the files are the same however often a process was stopped.
+    Responses that are finished are kept every few seconds, and not drawn again after a kill. Once all are
+    there, they are written in the order of their draws: the files do not tell how often a run was stopped.
     """
     round_, config = len(run.rollouts.rounds), run.config
     run.make_room("policy")
@@ -78,6 +78,9 @@ def sample_round(run: Run, stop: Stop) -> None:
     asked = [[problem.id, number] for problem, number in draws]
     with writing(run.rollouts):
         place = run.rollouts.place
+        # Of a process that was killed as it wrote them; and what cannot be added is not drawn.
+        first_alone(lambda: run.rollouts.discard(round_))
+        first_alone(lambda: note_policy(run.policies_file, made_by))
         if round_:  # of a process that was killed after it sealed
             first_alone(lambda: clear_work(place, round_ - 1))
         scratch = Scratch(place, round_, {"about": run.rollouts.about, **made_by, "draws": asked})
@@ -94,7 +97,6 @@ def sample_round(run: Run, stop: Stop) -> None:
         rollouts = [drawn[index] for index in range(len(draws))]
 
         def store() -> None:
-            run.rollouts.discard(round_)  # of a process that was killed here; all of it is in hand
             for start in range(0, len(rollouts), SHARD_ROWS):
                 run.rollouts.append(rollouts[start : start + SHARD_ROWS], **made_by)
             run.rollouts.seal(

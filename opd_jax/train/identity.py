@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from opd_jax.files import sha256
 from opd_jax.model import weight_files
 from opd_jax.processes import first_alone
 from opd_jax.tasks import Problem
+from opd_jax.train.metrics import append_line, mend_lines, read_lines
 from opd_jax.types import Params
 
 
@@ -54,6 +56,18 @@ def params_digest(params: Params) -> str:
         sums = np.asarray(_sums(leaf))
         digest.update(f"{'.'.join(name)} {leaf.shape} {leaf.dtype} {sums.tolist()};".encode())
     return digest.hexdigest()
+
+
+def note_policy(file: Path, made_by: Mapping[str, Any]) -> None:
+    """Put down, once, which ``policy`` a run had at which ``update``."""
+    mend_lines(file)
+    if made_by not in read_lines(file):
+        append_line(file, dict(made_by))
+
+
+def had_policy(file: Path, told: Mapping[str, Any]) -> bool:
+    """Whether a run had the policy that a round was drawn by, at that update."""
+    return {"policy": told["policy"], "update": told["update"]} in read_lines(file)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from opd_jax.method import special_tokens_out
 from opd_jax.model.lora import save_adapter
 from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import agreed, first_alone, is_first
-from opd_jax.rollout.manifest import refuse_others
+from opd_jax.rollout.manifest import is_named, short
 from opd_jax.rollout.score import batch_of
+from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
 from opd_jax.train.collect import minibatch_plan, sample_round
 from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.export import write_policy
-from opd_jax.train.identity import params_digest
+from opd_jax.train.identity import had_policy, note_policy, params_digest
 from opd_jax.train.layout import layout
 from opd_jax.train.metrics import append_line, append_timing, as_line, write_tokens
 from opd_jax.train.opening import exclusive
@@ -122,8 +123,9 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     check_extras(run, round_)
     run.make_room("state")
     if first % schedule.updates_per_round == 0:
-        check_policies(run, round_)
+        check_policy(run, round_)
     rollouts = run.scored.read(round_)
+    check_shape(run, round_, rollouts)
     drawn_at = run.rollouts.shard(round_)["update"]
     staleness = round_ - drawn_at // schedule.updates_per_round
     plan = minibatch_plan(config, round_)
@@ -192,22 +194,40 @@ def special_ids(run: Run) -> tuple[int, ...]:
     return tuple(sorted(set(listed) - ends)) if listed else vocabulary.special_ids(run.tokenizer, ends)
 
 
-def check_policies(run: Run, round_: int) -> None:
-    """Refuse rollouts that were drawn by another student than this run had when they were due.
+def check_policy(run: Run, round_: int) -> None:
+    """Refuse rollouts that were drawn by another student than this run had at that update.
 
-    Runs that share a store (``store.at``) may go on with it, each with settings of its own. Asked between
-    two rounds of training: what was drawn at this update was drawn by the student as it is now.
+    Runs that share a store (``store.at``) may go on with it, each with settings of its own.
 
     Raises:
-      InputError: they were drawn by another, or at another update, and that is not accepted by name.
+      InputError: they were drawn by another, which is not accepted by name.
     """
-    schedule, rollouts, accept = run.config.schedule, run.rollouts, run.config.store.accept
-    due = max(0, round_ - schedule.staleness) * schedule.updates_per_round
-    refuse_others(rollouts.path, {"update": rollouts.shard(round_)["update"]}, {"update": due}, accept)
-    update, policy = int(run.state.update), params_digest(run.state.params)
-    for told in map(rollouts.shard, rollouts.rounds):
-        if told["update"] == update:
-            refuse_others(rollouts.path, {"policy": told["policy"]}, {"policy": policy}, accept)
+    had = {"policy": params_digest(run.state.params), "update": int(run.state.update)}
+    first_alone(lambda: note_policy(run.policies_file, had))
+    told, accept = run.rollouts.shard(round_), run.config.store.accept
+    if not had_policy(run.policies_file, told) and not is_named(accept, "policy", told["policy"]):
+        named = ",".join([*accept, f"policy={short(told['policy'])}"])
+        raise InputError(
+            f"a run trains on what its own student drew: round {round_} of {run.rollouts.path} was drawn by "
+            f"another, at update {told['update']} of its run; train in that run, or accept it by name with "
+            f"--store.accept='[{named}]'"
+        )
+
+
+def check_shape(run: Run, round_: int, rollouts: Sequence[Rollout]) -> None:
+    """Refuse a round of another size: its minibatches would be of some rollouts, or of other groups.
+
+    Raises:
+      InputError: it is not ``sampling.samples`` rollouts each of ``sampling.prompts`` problems.
+    """
+    prompts, samples = run.config.sampling.prompts, run.config.sampling.samples
+    groups = [{one.problem for one in rollouts[at : at + samples]} for at in range(0, len(rollouts), samples)]
+    if len(rollouts) != prompts * samples or any(len(group) != 1 for group in groups):
+        raise InputError(
+            f"a round has sampling.prompts x sampling.samples rollouts, {prompts} x {samples} here: round "
+            f"{round_} of {run.scored.path} has {len(rollouts)} of {len({r.problem for r in rollouts})} "
+            "problems; give the settings that it was drawn with"
+        )
 
 
 def check_extras(run: Run, round_: int) -> None:

@@ -5,6 +5,7 @@ identity.json   digests of the models, the tokenizer and the problems it began w
 rollouts/       what the student sampled, a folder of shards a round; elsewhere if store.at says so
 scored/         the same with old log-probs and the teacher's signal
 checkpoints/    training states
+policies.jsonl  digests of the policies that drew, or were about to be trained
 metrics.jsonl   one line an update; timings.jsonl has the wall-clock times
 tokens/         drift and weight of single tokens, for the report
 evaluation/     graded answers to held-out problems
@@ -316,6 +317,11 @@ class Run:
     @property
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def policies_file(self) -> Path:
+        """Which policy the run had at which update, a line each: those that rollouts may be of."""
+        return self.folder / "policies.jsonl"
 
     @property
     def timings_file(self) -> Path:

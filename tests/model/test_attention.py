@@ -83,21 +83,29 @@ def test_attention_in_blocks_is_attention(positions, dtype, scale, atol):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_blocks_beyond_the_last_position_change_no_bit(dtype):
-    positions = jnp.asarray([[3], [15], [9]])
-    query = 5 * arrays(3, 1, dtype=dtype)[0]
-    _, key, value, _ = arrays(3, 64, dtype=dtype, seed=1)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "size"), [(4, 2, 6, 8), (16, 8, 128, 256), (32, 8, 128, 1024)]
+)
+def test_blocks_beyond_the_last_position_change_no_bit(heads, kv_heads, width, size, dtype):
+    """Of the sizes of real models too, whose products a CPU adds up in other ways."""
+    positions = jnp.asarray([[3], [2 * size - 1], [size + 1], [size - 1]])
+    shape = {"heads": heads, "kv_heads": kv_heads, "width": width, "dtype": dtype}
+    query = 5 * arrays(4, 1, **shape)[0]
+    _, key, value, _ = arrays(4, 8 * size, seed=1, **shape)
     # What lies there would outweigh all else by far.
-    key, value = (x.at[:, 16:].mul(1e4).swapaxes(1, 2) for x in (key, value))
+    key, value = (x.at[:, 2 * size :].mul(1e4).swapaxes(1, 2) for x in (key, value))
     read = jax.jit(block_attention, static_argnums=4)
 
     def up_to(blocks):
         past = (x[:, :, : blocks.slots] for x in (key, value))
         return read(query, *past, cache_mask(positions, blocks.slots), blocks)
 
-    want = up_to(Blocks(8, 2))
+    want = up_to(Blocks(size, 2))
     for number in (3, 4, 8):
-        np.testing.assert_array_equal(up_to(Blocks(8, number)), want)
+        np.testing.assert_array_equal(up_to(Blocks(size, number)), want)
+    first = read(query, key[:, :, :size], value[:, :, :size], cache_mask(positions, size), Blocks(size, 1))
+    np.testing.assert_array_equal(first[0], want[0])
+    np.testing.assert_array_equal(first[3], want[3])
 
 
 def test_an_unknown_kernel_is_no_kernel():
