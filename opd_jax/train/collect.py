@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from opd_jax.config import Config
+from opd_jax.errors import InputError
 from opd_jax.interrupt import Interrupted, Stop, never
 from opd_jax.keys import derived_seed, stream
 from opd_jax.processes import agreed, first_alone, is_first, wait_for_all
@@ -62,6 +63,22 @@ def minibatch_plan(config: Config, round_: int) -> np.ndarray:
     drawn = np.array([order[index] for index in range(count)])
     shuffled = drawn[:, None] * together + np.arange(together)
     return shuffled.reshape(config.schedule.minibatches, -1)
+
+
+def check_shape(store: RolloutStore, round_: int, rollouts: Sequence[Rollout], config: Config) -> None:
+    """Refuse a round of another size: its minibatches would be of some rollouts, or of other groups.
+
+    Raises:
+      InputError: it is not ``sampling.samples`` rollouts each of ``sampling.prompts`` problems.
+    """
+    prompts, samples = config.sampling.prompts, config.sampling.samples
+    groups = [{one.problem for one in rollouts[at : at + samples]} for at in range(0, len(rollouts), samples)]
+    if len(rollouts) != prompts * samples or any(len(group) != 1 for group in groups):
+        raise InputError(
+            f"a round has sampling.prompts x sampling.samples rollouts, {prompts} x {samples} here: round "
+            f"{round_} of {store.path} has {len(rollouts)} of {len({one.problem for one in rollouts})} "
+            "problems; give the settings that it was drawn with"
+        )
 
 
 def sample_round(run: Run, stop: Stop) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from opd_jax.model.sharding import on_mesh
 from opd_jax.processes import agreed, first_alone, is_first
 from opd_jax.rollout.manifest import is_named, short
 from opd_jax.rollout.score import batch_of
-from opd_jax.rollout.store import Rollout
 from opd_jax.tasks import vocabulary
 from opd_jax.train.choices import wanted_extras
-from opd_jax.train.collect import minibatch_plan, sample_round
+from opd_jax.train.collect import check_shape, minibatch_plan, sample_round
 from opd_jax.train.diagnose import diagnosis
 from opd_jax.train.export import write_policy
 from opd_jax.train.identity import had_policy, note_policy, params_digest
@@ -125,7 +124,7 @@ def train_round(run: Run, report: Report, stop: Stop) -> None:
     if first % schedule.updates_per_round == 0:
         check_policy(run, round_)
     rollouts = run.scored.read(round_)
-    check_shape(run, round_, rollouts)
+    check_shape(run.scored, round_, rollouts, config)
     drawn_at = run.rollouts.shard(round_)["update"]
     staleness = round_ - drawn_at // schedule.updates_per_round
     plan = minibatch_plan(config, round_)
@@ -211,22 +210,6 @@ def check_policy(run: Run, round_: int) -> None:
             f"a run trains on what its own student drew: round {round_} of {run.rollouts.path} was drawn by "
             f"another, at update {told['update']} of its run; train in that run, or accept it by name with "
             f"--store.accept='[{named}]'"
-        )
-
-
-def check_shape(run: Run, round_: int, rollouts: Sequence[Rollout]) -> None:
-    """Refuse a round of another size: its minibatches would be of some rollouts, or of other groups.
-
-    Raises:
-      InputError: it is not ``sampling.samples`` rollouts each of ``sampling.prompts`` problems.
-    """
-    prompts, samples = run.config.sampling.prompts, run.config.sampling.samples
-    groups = [{one.problem for one in rollouts[at : at + samples]} for at in range(0, len(rollouts), samples)]
-    if len(rollouts) != prompts * samples or any(len(group) != 1 for group in groups):
-        raise InputError(
-            f"a round has sampling.prompts x sampling.samples rollouts, {prompts} x {samples} here: round "
-            f"{round_} of {run.scored.path} has {len(rollouts)} of {len({r.problem for r in rollouts})} "
-            "problems; give the settings that it was drawn with"
         )
 
 

@@ -31,7 +31,14 @@ from opd_jax.rollout.score import (
 from opd_jax.rollout.scratch import Arrays, Scratch, clear_work
 from opd_jax.rollout.store import Rollout
 from opd_jax.train.choices import stored_extras
-from opd_jax.train.collect import SHARD_ROWS, draws_of_round, found_by_all, minibatch_plan, writing
+from opd_jax.train.collect import (
+    SHARD_ROWS,
+    check_shape,
+    draws_of_round,
+    found_by_all,
+    minibatch_plan,
+    writing,
+)
 from opd_jax.train.identity import params_digest
 from opd_jax.train.layout import layout, parts_of
 from opd_jax.train.run import Run
@@ -124,14 +131,11 @@ def score_round(run: Run, stop: Stop) -> None:
 def _as_drawn(run: Run, round_: int) -> list[Rollout]:
     """The rollouts of a round in the order of its draws, in whatever order they were finished."""
     config, rollouts = run.config, run.rollouts.read(round_)
-    if len(rollouts) != config.sampling.prompts * config.sampling.samples:
-        raise InputError(
-            f"a round has sampling.prompts x sampling.samples rollouts: round {round_} of "
-            f"{run.rollouts.path} has {len(rollouts)}; restore it from a copy"
-        )
     draws = draws_of_round(config, run.problems, round_)
     place = {(problem.id, number): index for index, (problem, number) in enumerate(draws)}
-    return sorted(rollouts, key=lambda rollout: place.get((rollout.problem, rollout.sample), len(place)))
+    rollouts.sort(key=lambda rollout: place.get((rollout.problem, rollout.sample), len(place)))
+    check_shape(run.rollouts, round_, rollouts, config)
+    return rollouts
 
 
 def parts_of_round(config: Config, round_: int, rollouts: Sequence[Rollout], width: int) -> list[Packing]:
