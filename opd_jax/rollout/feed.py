@@ -90,13 +90,18 @@ def packed_batches(
       A `grain.IterDataset` of `Fed`.
 
     Raises:
-      InputError: there is nothing to read; later, a rollout is longer than the widest rows, a shard was
-        changed or cannot be read, or a state is of another feed, or none.
+      InputError: there is nothing to read, or a size is not positive; later, a rollout is longer than the
+        widest rows, a shard was changed or cannot be read, or a state is of another feed, or none.
     """
     if not 0 <= host < hosts or len(source) < hosts:
         raise InputError(
             f"every host must have rollouts to read: host {host} of {hosts}, {len(source)} rollouts; count "
             "hosts from 0, and name shards that hold rollouts"
+        )
+    if not widths or min(rows, window, *widths) < 1:
+        raise InputError(
+            f"rows, window and one or more widths must be positive: got rows {rows}, window {window}, "
+            f"widths {list(widths)}; give positive numbers"
         )
     widths, window = sorted(widths), window * hosts
     about = {

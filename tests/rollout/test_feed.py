@@ -424,6 +424,9 @@ def test_what_cannot_be_fed_is_refused(store, tmp_path):
         feed(store, host=2, hosts=2)
     with pytest.raises(InputError, match="0 rollouts"):
         feed(RolloutStore(tmp_path))
+    for bad in ({"widths": []}, {"widths": [20, 0]}, {"rows": 0}, {"window": 0}):
+        with pytest.raises(InputError, match="must be positive: got rows"):
+            feed(store, **bad)
     with pytest.raises(InputError, match="the widest rows have 9; add a width"):
         order(store, widths=[9])
 
