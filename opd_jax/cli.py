@@ -17,7 +17,8 @@ from opd_jax.processes import end_soon, join
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 NO_SETTINGS = ("report", "lab", "problems", "import", "export")
-AT_ONCE = ("report", "plan", "problems", "import", "inspect")  # hold nothing that stopping could spare
+# These hold nothing that stopping later could spare.
+AT_ONCE = ("report", "plan", "problems", "import", "inspect", "export")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,6 +173,16 @@ def _status(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    except RuntimeError as error:  # JAX's, which is not loaded yet where it is not needed
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())
+        print(
+            f"opd: a run must fit its devices: {reason}; take fewer rows at a time (schedule.microbatches, "
+            "sampling.slots), set model.residency to sequential, or ask opd plan",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 
@@ -189,7 +200,8 @@ def _run(arguments: argparse.Namespace, settings: list[str], stop: Stop) -> None
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     sum_in_one_order()
-    join(getattr(arguments, "distributed", False))
+    if "distributed" in arguments:  # the environment may ask for many, too, of a command that many can do
+        join(arguments.distributed)
     # Imported late: what follows loads JAX, and `opd --help` should not wait for it.
     from opd_jax import commands
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from opd_jax.config import Config, flatten
@@ -124,13 +125,15 @@ def _demo(arguments: argparse.Namespace, overrides: Overrides, stop: Stop) -> No
 
 
 def _opened(arguments: argparse.Namespace, overrides: Overrides) -> Run:
-    """The run, after a line on the peak of one whose models take turns."""
+    """The run, after a line on its peak, where a device can run out of memory or the models take turns."""
     settings, saved = _settings(arguments, overrides), arguments.run / "config.yaml"
     asked = settings or (load_config(saved) if saved.exists() else None)
-    if asked is not None and asked.model.residency == "sequential":
+    if asked is not None:
         from opd_jax.plan.command import peak_of
+        from opd_jax.plan.topology import memory_of
 
-        say(peak_of(Run(arguments.run, asked)))  # before anything is loaded
+        if asked.model.residency == "sequential" or memory_of(jax.local_devices()[0]) is not None:
+            say(peak_of(Run(arguments.run, asked)))  # before anything is loaded
     return open_run(arguments.run, settings)
 
 

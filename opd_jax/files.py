@@ -39,15 +39,26 @@ def replacing(path: Path) -> Iterator[Path]:
 def locked(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock of a file that is there for nothing else; it is free when the process ends, however.
 
+    The file goes with it, unless the process was killed.
+
     Raises:
       InputError: another holds it; ``refusal`` says so.
     """
-    with path.open("w") as file:
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(refusal) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            # Whoever held it removed it in between: a lock that nobody else will find.
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(refusal) from None
-        yield
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -67,32 +78,36 @@ def replacing_folder(folder: Path, ours: Sequence[str]) -> Iterator[Path]:
     patterns ``ours``. On a clean exit it is synced to disk and put in place by two renames: the old
     folder becomes ``.NAME.old``, the new one ``NAME``. A process killed between the two leaves the old
     one whole under ``.NAME.old``, and `restore_folder` puts it back. ``.NAME.part`` is never read; the
-    next writer removes what a killed one left there.
+    next writer removes what a killed one left there. ``.NAME.lock`` lets one writer in at a time.
 
     Raises:
-      InputError: the folder is none that can be replaced; nothing is written then.
+      InputError: the folder is none that can be replaced, or another process is writing it; nothing is
+        written then.
     """
     folder = folder.resolve()
     part, old = _beside(folder)
-    restore_folder(folder)
-    theirs = _theirs(folder, ours)
-    _discard(folder)
-    part.mkdir(parents=True)
-    try:
-        for file in theirs:
-            shutil.copyfile(file, part / file.name)
-        yield part
-        for path in (*part.rglob("*"), part):
-            sync(path)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(part, folder)
-        sync(folder.parent)
-    except BaseException:
-        restore_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    others = f"a folder is written by one process at a time: another is writing {folder}; wait for it to end"
+    with locked(_lock_of(folder), others):
+        _restore(folder)
+        theirs = _theirs(folder, ours)
         _discard(folder)
-        raise
-    _discard(folder)
+        part.mkdir()
+        try:
+            for file in theirs:
+                shutil.copyfile(file, part / file.name)
+            yield part
+            for path in (*part.rglob("*"), part):
+                sync(path)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(part, folder)
+            sync(folder.parent)
+        except BaseException:
+            _restore(folder)
+            _discard(folder)
+            raise
+        _discard(folder)
 
 
 def _theirs(folder: Path, ours: Sequence[str]) -> list[Path]:
@@ -119,10 +134,20 @@ def _theirs(folder: Path, ours: Sequence[str]) -> list[Path]:
 def restore_folder(folder: Path) -> None:
     """Put the old folder back if `replacing_folder` was killed between its two renames."""
     folder = folder.resolve()
+    if not folder.exists() and _beside(folder)[1].is_dir():
+        # A writer that is between them now ends what it began; a folder that cannot be written is read as is.
+        with contextlib.suppress(InputError, OSError), locked(_lock_of(folder), "it is being written"):
+            _restore(folder)
+
+
+def _restore(folder: Path) -> None:
     _, old = _beside(folder)
     if old.is_dir() and not folder.exists():
-        with contextlib.suppress(OSError):  # another process of this run was faster
-            os.rename(old, folder)
+        os.rename(old, folder)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

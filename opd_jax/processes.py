@@ -6,17 +6,21 @@ a file system that all of them see.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from opd_jax.errors import InputError
 
 # Environment: how many processes a run is made of, which of them this one is, and where they meet.
 ASKED, NUMBER, PLACE = "OPD_PROCESSES", "OPD_PROCESS", "OPD_COORDINATOR"
+PATIENCE = 300  # seconds that a process waits for the others to join
 GRACE = 20  # seconds that a process which failed waits for the others to end with it
 TOLD = 4096  # bytes that the first process tells the others at once
 
@@ -39,26 +43,52 @@ def join(asked: bool) -> None:
         return
     import jax
 
+    # JAX would abort at its own end of patience, with a stack.
+    given: dict[str, Any] = {"initialization_timeout": 2 * PATIENCE}
+    if count:
+        given |= {"coordinator_address": os.environ[PLACE], "num_processes": count, "process_id": number}
     try:
-        if count == 0:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(
-                coordinator_address=os.environ[PLACE],
-                num_processes=count,
-                process_id=number,
-            )
+        with _patience():
+            jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"a run of many processes needs them all: {reason}; start the others, or where no cluster says "
-            f"it set {ASKED}, {NUMBER} and {PLACE} for each"
-        ) from None
+        raise InputError(_alone(" ".join(str(error).split())[:200])) from None
     if jax.process_count() == 1 or (count and jax.process_count() != count):
         raise InputError(
             f"a run that was asked to be many does not go on alone: {count or 'several'} processes were "
             f"asked for, {jax.process_count()} found; start the others, or ask for one process"
         )
+
+
+def _alone(reason: str) -> str:
+    return (
+        f"a run of many processes needs them all: {reason}; start the others, or where no cluster says it "
+        f"set {ASKED}, {NUMBER} and {PLACE} for each"
+    )
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """End this process where the others do not come, and at the first Ctrl-C or SIGTERM until they do.
+
+    They are waited for outside Python, where neither a handler of a signal nor an exception can act.
+    """
+
+    def leave() -> None:
+        print(f"opd: {_alone(f'not all had come after {PATIENCE} seconds')}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    here = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    timer = threading.Timer(PATIENCE, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _told(asked: bool) -> tuple[int, int]:
@@ -78,6 +108,9 @@ def _told(asked: bool) -> tuple[int, int]:
     for name in (PLACE, NUMBER):
         if name not in told:
             raise InputError(f"{ASKED} needs {name} beside it: it is not set; set it")
+    place = re.fullmatch(r"[^\s/:]+:(\d{1,5})|\[[0-9a-fA-F:]+\]:(\d{1,5})", told[PLACE])
+    if not place or not 0 < int(place[1] or place[2]) < 2**16:
+        raise InputError(f"{PLACE} must be host:port of the first process: got {told[PLACE]!r}; correct it")
     return count, _whole(NUMBER, 0, count - 1)
 
 

@@ -107,6 +107,12 @@ def test_a_store_of_another_student_is_refused(sampled, capsys):
     assert main(["score", str(sampled), f"--store.accept={named}"]) == 0
 
 
+def test_a_device_that_is_too_small_is_one_line_and_status_2(tmp_path, capsys):
+    assert main(["sample", str(tmp_path / "run"), *LAB, "--sampling.slots=80000000"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("opd: a run must fit its devices: RESOURCE_EXHAUSTED: Out of memory allocating")
+
+
 def test_parts_say_the_peak_and_end_with_an_export(tmp_path, capsys):
     run = tmp_path / "run"
     once = ["--schedule.rounds=1", "--model.residency=sequential"]

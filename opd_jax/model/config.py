@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opd_jax.errors import InputError
-from opd_jax.model.fields import check_flag, check_number, check_whole
+from opd_jax.model.fields import check_choice, check_flag, check_number, check_whole
 from opd_jax.model.rope import Yarn
 
 _SIZES = (
@@ -18,6 +18,14 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+
+
+# How a model may be computed. "auto" is a setting of a run; `kernels.choose_kernel` makes one of these of it.
+CHOICES = {
+    "compute_dtype": ("float32", "bfloat16"),
+    "attention": ("xla", "cudnn", "splash"),
+    "remat": ("full", "attention", "dots", "none"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +62,14 @@ class Qwen3Config:
     lora_alpha: float = 0.0  # of low-rank updates among the parameters: see `lora`
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         sizes: tuple[str, ...] = _SIZES
         if self.num_experts:
             sizes = (*_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
         for name in sizes:
             check_whole(name, getattr(self, name))
+        check_whole("head_chunk", self.head_chunk)
         check_whole("eos_token_id", self.eos_token_id, 0)
         # YaRN divides by the logarithm of the base.
         check_number("rope_theta", self.rope_theta, above=1.0 if self.rope_scaling else 0.0)

@@ -140,10 +140,13 @@ def _refuse_what_is_not_computed(published: dict[str, Any], rope_type: str, path
         check_flag(name, published.get(name, False))
     check_whole("decoder_sparse_step", published.get("decoder_sparse_step", 1), 0)
     check_kind("mlp_only_layers", published.get("mlp_only_layers", []), list, "a list")
+    check_kind("layer_types", layers := published.get("layer_types", []), list, "a list")
     unsupported = {
         "model_type": published.get("model_type") not in ("qwen3", "qwen3_moe"),
         "attention_bias": published.get("attention_bias", False),
         "use_sliding_window": published.get("use_sliding_window", False),
+        "layer_types": any(kind != "full_attention" for kind in layers)
+        or len(layers) not in (0, published.get("num_hidden_layers")),
         "hidden_act": published.get("hidden_act", "silu") != "silu",
         "quantization_config": "quantization_config" in published,
         # Layers that are dense among layers that are not.

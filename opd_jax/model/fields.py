@@ -9,9 +9,9 @@ from opd_jax.errors import InputError
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is not a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        _refuse(name, f"a whole number of at least {least}", value)
+    """Refuse what is not a whole number of at least ``least``, or beyond int32, which arrays count in."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        _refuse(name, f"a whole number of at least {least}, below 2**31", value)
 
 
 def check_number(name: str, value: Any, above: float = 0.0) -> None:
@@ -25,6 +25,12 @@ def check_kind(name: str, value: Any, kind: type, words: str) -> None:
     """Refuse what is not of this kind, which ``words`` name as JSON does."""
     if not isinstance(value, kind):
         _refuse(name, words, value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of these words."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}: got {value!r}; choose one")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from opd_jax.errors import InputError
 from opd_jax.model.attention import Blocks, attention, block_attention, cache_mask, row_attention
 from opd_jax.model.config import Qwen3Config
 from opd_jax.model.lora import lora_delta
@@ -92,6 +93,10 @@ def project(h: jax.Array, layer: Params, name: str, config: Qwen3Config) -> jax.
     update = layer.get("lora", {}).get(name)
     if update is None:
         return out
+    if not config.lora_alpha:
+        raise InputError(
+            f"an adapter counts alpha / rank: {name} has one, and lora_alpha is 0; set it in the config"
+        )
     a = update["a"].reshape(h.shape[-1], -1)
     return out + lora_delta(h, a, update["b"], config.lora_alpha / a.shape[-1], 1)
 

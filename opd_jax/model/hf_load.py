@@ -60,9 +60,10 @@ def load_pretrained(
       The configuration and the nested dict of parameters.
 
     Raises:
-      InputError: the folder is missing, or its tensors are not those of its configuration.
+      InputError: the folder is missing, its tensors are not those of its configuration, or ``dtype`` is
+        none of floats.
     """
-    folder = Path(path)
+    folder, asked = Path(path), _float_dtype(dtype)
     restore_folder(folder)
     if not folder.is_dir():
         raise InputError(
@@ -80,10 +81,16 @@ def load_pretrained(
         # The largest come first, while memory is still empty around their copy on the host.
         largest_first = sorted(table, key=lambda name: math.prod(table[name].shape), reverse=True)
         flat = {
-            name: load_parameter(table[name], stored, shardings.get(name), np.dtype(dtype))
-            for name in largest_first
+            name: load_parameter(table[name], stored, shardings.get(name), asked) for name in largest_first
         }
     return config, traverse_util.unflatten_dict({name: flat[name] for name in table})
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(found := jnp.dtype(dtype), jnp.floating):
+            return found
+    raise InputError(f"parameters must be floats: got the dtype {dtype!r}; use float32 or bfloat16")
 
 
 def check_folder(path: str | Path) -> None:
@@ -154,7 +161,7 @@ def _read_index(path: Path) -> dict[str, str]:
         listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         if not listed or not all(file == Path(file).name for file in listed.values()):
             raise ValueError("it must name a file of its own folder for every tensor")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"an index must be whole JSON: {path} is not ({error}); restore it") from None
     return listed
 

@@ -89,6 +89,7 @@ def save_pretrained(
     flat = traverse_util.flatten_dict(params)
     _check(table, flat, folder)
     values = host_tensors(table, flat)
+    widest = jnp.result_type(*(flat[name].dtype for name in table))  # which loses nothing of any
 
     def write() -> None:
         with contextlib.ExitStack() as stack:
@@ -98,7 +99,7 @@ def save_pretrained(
             for file in beside:
                 if file.is_file():
                     shutil.copyfile(file, new / file.name)
-            (new / "config.json").write_text(config_to_json(config, str(flat[("embed",)].dtype)))
+            (new / "config.json").write_text(config_to_json(config, str(widest)))
             if not (new / "generation_config.json").exists():
                 ends = list(stop_ids) or [config.eos_token_id]
                 said = {"eos_token_id": ends if len(ends) > 1 else ends[0]}

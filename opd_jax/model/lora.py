@@ -142,9 +142,13 @@ def on_top(params: Params, adapter: Params) -> Params:
 
 
 def merge_lora(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
-    """The parameters with an adapter merged in: ``W + alpha / r * a b`` in float32, in W's dtype.
+    """The parameters with an adapter merged in: ``W + alpha / r * a b``, in float32.
 
-    One parameter is merged at a time, layer by layer; an adapter already among ``params`` is left out.
+    In bfloat16 much of a small update would be rounded away. One parameter is merged at a time, layer by
+    layer; an adapter already among ``params`` is left out.
+
+    Raises:
+      InputError: the adapter is not what ``lora`` describes.
     """
     merged = merged_in_turn(params, lora_params, lora)
     layers = dict(merged["layers"])
@@ -158,6 +162,7 @@ def merge_lora(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
 
 def merged_in_turn(params: Params, lora_params: Params, lora: LoraConfig) -> Params:
     """`merge_lora` without a second copy of the weights: a layer of a stack is merged when asked for."""
+    _refuse_another(lora_params, lora)
     layers = {name: value for name, value in params["layers"].items() if name != "lora"}
     for target in lora.targets:
         adapter = lora_params["layers"]["lora"][target]
@@ -180,7 +185,7 @@ class MergedStack:
 
     @property
     def dtype(self) -> Any:
-        return self.weight.dtype
+        return jnp.dtype(jnp.float32)
 
     def layer(self, index: int) -> jax.Array:
         parts = (
@@ -198,7 +203,17 @@ def _merge_layer(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float)
     # A TPU would otherwise multiply in bfloat16.
     exact = jax.lax.Precision.HIGHEST
     delta = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), axes=1, precision=exact)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    return weight.astype(jnp.float32) + scale * delta
+
+
+def _refuse_another(lora_params: Params, lora: LoraConfig) -> None:
+    """Refuse an adapter that has other targets or another rank than ``lora`` says."""
+    found = {target: x["a"].shape[-1] for target, x in lora_params["layers"]["lora"].items()}
+    if found != dict.fromkeys(lora.targets, lora.rank):
+        raise InputError(
+            f"an adapter must be what its LoraConfig describes: it has the ranks {found}, the config rank "
+            f"{lora.rank} of {', '.join(lora.targets)}; give the config that it was made with"
+        )
 
 
 def save_adapter(
@@ -212,7 +227,11 @@ def save_adapter(
       lora_params: the adapter.
       lora: what it adapts.
       base: name or path of that model, for the reader to find it.
+
+    Raises:
+      InputError: the adapter is not what ``lora`` describes, or the folder cannot be replaced.
     """
+    _refuse_another(lora_params, lora)
     table = lora_table(config, lora)
     names = [name for parameter in table.values() for _, name in hf_tensors(parameter)]
     flat = traverse_util.flatten_dict(lora_params)

@@ -56,11 +56,15 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *,
     """A mesh of ``data x fsdp x expert x tensor`` devices, the first of those at hand unless named.
 
     Raises:
-      InputError: there are fewer devices than the mesh asks for, or it leaves out a process of the run.
+      InputError: there are fewer devices than the mesh asks for, or it leaves out a process that has some.
     """
     shape = (data, fsdp, expert, tensor)
-    at_hand = devices is None
-    devices = jax.devices() if at_hand else devices
+    if min(shape) < 1:
+        raise InputError(
+            f"an axis of a mesh must have a device: got {data} x {fsdp} x {expert} x {tensor} (data, fsdp, "
+            "expert, tensor); give positive sizes"
+        )
+    devices = jax.devices() if devices is None else devices
     wanted, present = math.prod(shape), len(devices)
     if wanted > present:
         raise InputError(
@@ -69,10 +73,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *,
             "mesh.fsdp, mesh.expert, mesh.tensor"
         )
     kinds, chosen = (AxisType.Auto,) * len(MESH_AXES), devices[:wanted]
-    if at_hand and (held := len({device.process_index for device in chosen})) < jax.process_count():
+    held, hosts = (len({device.process_index for device in some}) for some in (chosen, devices))
+    if held < hosts:
         raise InputError(
             f"a mesh must hold devices of every process: mesh {data} x {fsdp} x {expert} x {tensor} (data, "
-            f"fsdp, expert, tensor) has those of {held} of {jax.process_count()}; let mesh.data, mesh.fsdp, "
+            f"fsdp, expert, tensor) has those of {held} of {hosts}; let mesh.data, mesh.fsdp, "
             f"mesh.expert and mesh.tensor multiply to {present}, all that there are"
         )
     try:

@@ -12,6 +12,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
+from opd_jax.errors import InputError
+
 LANES = 128  # of a TPU's vector registers: the kernel reads positions this many at a time
 LARGEST_BLOCK = 512
 RESIDUALS = "splash_attention"  # the name a remat policy saves output and log-sum-exp under
@@ -24,6 +26,8 @@ def block_size(length: int) -> int:
     tiles read keys less often, but they must fit a core's vector memory next to the query, key and
     value tiles, and above the diagonal of a causal mask more of each is computed for nothing.
     """
+    if length % LANES:
+        raise InputError(f"splash attention reads {LANES} positions at a time: rows have {length}; pad them")
     return max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
 
 

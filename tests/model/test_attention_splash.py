@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from opd_jax.errors import InputError
 from opd_jax.model import make_mesh, splash, token_logprobs
 from opd_jax.model.attention import row_attention
 from opd_jax.model.sharding import MESH_AXES, partition
@@ -117,6 +118,8 @@ def test_a_policy_can_save_what_the_kernel_leaves(interpreted):
 )
 def test_tiles_divide_the_row(length, size):
     assert splash.block_size(length) == size
+    with pytest.raises(InputError, match=f"128 positions at a time: rows have {length + 1}; pad"):
+        splash.block_size(length + 1)
 
 
 @pytest.mark.slow

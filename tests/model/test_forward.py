@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.errors import InputError
 from opd_jax.model import forward, parameter_count, parameter_table, preset
 from opd_jax.model.attention import Blocks
-from opd_jax.model.forward import decode, empty_cache, hidden_states, logits
+from opd_jax.model.config import CHOICES
+from opd_jax.model.forward import REMAT, decode, empty_cache, hidden_states, logits
 from opd_jax.model.hf import hf_tensors, to_hf
 from opd_jax.model.parameters import init_params
 from opd_jax.model.rope import Yarn
@@ -114,6 +116,16 @@ def test_forward_is_qwen3(small, fields):
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=11)
     got = forward(params, jnp.array(tokens)[None], config)[0]
     np.testing.assert_allclose(got, numpy_qwen3(params, tokens, config), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"attention": "auto"}, {"remat": "some"}, {"compute_dtype": "bf16"}, {"head_chunk": 0}]
+)
+def test_a_way_to_compute_that_is_none_is_refused(small, change):
+    [(name, value)] = change.items()
+    with pytest.raises(InputError, match=f"{name} must be .* got {value!r}; "):
+        dataclasses.replace(small[0], **change)
+    assert CHOICES["remat"] == tuple(REMAT)
 
 
 def test_rope_theta_is_read(small):

@@ -254,12 +254,20 @@ def twice(folder):
         (lambda f: (f / INDEX).write_text("{}"), "whole JSON"),
         (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "whole JSON"),
         (lambda f: (f / INDEX).write_text("[" * 10), "whole JSON"),
+        (lambda f: (f / INDEX).write_text("[" * 100_000), "whole JSON"),
     ],
 )
 def test_an_index_that_lies_is_refused_by_name(folder, reads, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=message):
         load_pretrained(folder)
+    assert not reads
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bf16", object])
+def test_parameters_are_floats(folder, reads, dtype):
+    with pytest.raises(InputError, match="parameters must be floats: got the dtype"):
+        load_pretrained(folder, dtype=dtype)
     assert not reads
 
 

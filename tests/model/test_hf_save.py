@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from opd_jax.errors import InputError
+from opd_jax.files import replacing_folder, restore_folder
 from opd_jax.model import (
     Qwen3Config,
     init_params,
@@ -311,6 +312,23 @@ def test_a_failure_that_is_no_kill_leaves_the_old_model_and_no_rest(tmp_path, tw
                 save_pretrained(folder, *new)
         assert names_in(tmp_path) == ["model"]
         assert same(load_pretrained(folder)[1], old[1])
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path, two_models):
+    (config, params), other = two_models
+    folder = tmp_path / "model"
+    save_pretrained(folder, config, params)
+    with replacing_folder(folder, ["*"]) as new:
+        with pytest.raises(InputError, match="another is writing .*/model; wait"):
+            save_pretrained(folder, *other)
+        (new / "note").write_text("whole")
+        assert same(load_pretrained(folder)[1], params)
+        # Between the two renames a reader does not put the old folder back under the writer's hands.
+        folder.rename(tmp_path / ".model.old")
+        restore_folder(folder)
+        assert not folder.exists()
+    assert names_in(folder) == ["note"]
+    assert names_in(tmp_path) == ["model"]
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_what_was_answered_is_not_asked_again(whole, tmp_path, monkeypatch):
     assert asked == [len(seen) - (len(held) - 1)]
     assert file.read_text() == answers_file(whole, "base").read_text()
     assert is_judged(run, "base")
-    assert sorted(x.name for x in file.parent.iterdir()) == [".base.lock", "base.json", "base.jsonl"]
+    assert sorted(x.name for x in file.parent.iterdir()) == ["base.json", "base.jsonl"]
 
 
 def test_another_evaluation_begins_anew(whole, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -177,6 +178,10 @@ opening.check_choices = check_late
         ({"OPD_PROCESSES": "2", "OPD_COORDINATOR": "a:1"}, "OPD_PROCESSES needs OPD_PROCESS beside it"),
         ({"OPD_PROCESS": "0"}, "OPD_PROCESS needs OPD_PROCESSES"),
         ({"OPD_COORDINATOR": "a:1"}, "OPD_COORDINATOR needs OPD_PROCESSES"),
+        *[
+            ({"OPD_PROCESSES": "2", "OPD_PROCESS": "0", "OPD_COORDINATOR": place}, "must be host:port of")
+            for place in ("a", "a:", "a:0", "a:99999", "http://a:1", "a b:1", ":1", "a:²")
+        ],
         ({"OPD_PROCESSES": "two"}, "OPD_PROCESSES must be a whole number"),
         ({"OPD_PROCESSES": "²"}, "OPD_PROCESSES must be a whole number"),
         ({"OPD_PROCESSES": "0"}, "OPD_PROCESSES must be a whole number from 1"),
@@ -198,6 +203,37 @@ def test_a_run_that_was_asked_to_be_many_does_not_go_on_alone(tmp_path, monkeypa
     assert rule in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_whose_companions_do_not_come_says_so(tmp_path, which):
+    hasty = "import opd_jax.processes as processes; processes.PATIENCE = 1"
+    processes = start_two(command(tmp_path / "run"), first=hasty, second=hasty)
+    processes[1 - which].kill()
+    status, said = ended([processes[which]])[0]
+    ended([processes[1 - which]])
+    assert status == 2
+    assert said.startswith("opd: a run of many processes needs them all: not all had come after 1 seconds")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_companions_can_be_ended(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as first:  # which hears the second, and never answers
+        where = f"127.0.0.1:{first.getsockname()[1]}"
+        alone = start(command(tmp_path / "run"), OPD_PROCESSES="2", OPD_PROCESS="1", OPD_COORDINATOR=where)
+        first.settimeout(60)
+        with first.accept()[0]:
+            alone.terminate()
+            assert ended([alone], 60)[0][0] == -signal.SIGTERM
+
+
+def test_a_command_that_one_process_does_waits_for_no_others(tmp_path, monkeypatch, capsys):
+    for name, value in {"OPD_PROCESSES": "2", "OPD_PROCESS": "1", "OPD_COORDINATOR": "127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
 
 
 def test_many_processes_of_one_are_refused(tmp_path, monkeypatch, capsys):
