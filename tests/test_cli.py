@@ -113,6 +113,13 @@ def test_a_device_that_is_too_small_is_one_line_and_status_2(tmp_path, capsys):
     assert line.startswith("opd: a run must fit its devices: RESOURCE_EXHAUSTED: Out of memory allocating")
 
 
+def test_a_run_that_would_not_fit_its_devices_does_not_begin(tmp_path, monkeypatch, capsys):
+    for module in ("topology", "command"):
+        monkeypatch.setattr(f"opd_jax.plan.{module}.memory_of", lambda device: 10**6)
+    assert "a run must fit its devices: it does not" in refused(capsys, "sample", tmp_path / "run", *LAB)
+    assert not (tmp_path / "run").exists()
+
+
 def test_parts_say_the_peak_and_end_with_an_export(tmp_path, capsys):
     run = tmp_path / "run"
     once = ["--schedule.rounds=1", "--model.residency=sequential"]
