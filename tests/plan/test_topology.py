@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from opd_jax.errors import InputError
 from opd_jax.lab import student, teacher
 from opd_jax.model import make_mesh, parameter_table, preset
 from opd_jax.model.parameters import abstract_params
@@ -30,13 +31,18 @@ pytestmark = [
     [
         ("v5e:4x4", {"fsdp": 8, "tensor": 2}),
         ("v5p:8x8x8", {"fsdp": 128, "tensor": 4}),
-        ("v5e:4x4", {"fsdp": 3, "tensor": 2}),  # no block of the torus
+        ("v5e:2x4", {"fsdp": 3, "tensor": 2}),  # no block of the torus
     ],
 )
 def test_a_mesh_may_split_an_axis_of_the_torus(topology, axes):
     mesh = make_mesh(**axes, devices=devices_of(topology))
     assert {name: mesh.shape[name] for name in axes} == axes
     assert len({device.id for device in mesh.devices.flat}) == mesh.size
+
+
+def test_a_mesh_that_a_pod_would_refuse_is_not_planned():
+    with pytest.raises(InputError, match="has those of .* of 64; let .* multiply to 256"):
+        make_mesh(fsdp=8, devices=devices_of("v5e:16x16"))
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
