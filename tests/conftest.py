@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before JAX is first used: fake devices for sharding, and programs compiled once for all runs.
@@ -53,6 +55,20 @@ def as_users_have_it() -> dict[str, str]:
     """The environment of a program that is compiled with all optimisations."""
     found = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
     return found | {"XLA_FLAGS": found["XLA_FLAGS"].replace(OLDER_EMITTERS, "").strip()}
+
+
+def said_by_a_program(module: str, *words: object, **environment: str) -> str:
+    """What ``python -m module`` prints, which must end well; compiled as users have it."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=Path(__file__).parent.parent,
+        env={**as_users_have_it(), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,9 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +17,7 @@ from opd_jax.model.attention import (
     causal_mask,
     row_attention,
 )
-from tests.conftest import as_users_have_it
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.conftest import said_by_a_program
 
 # Two and a half sequences and padding; one sequence that fills its row; one with padding; padding alone.
 PACKED = [[1, 1, 1, 2, 3, 3, 3, 0, 0], [1] * 9]
@@ -89,15 +84,7 @@ def test_attention_in_blocks_is_attention(positions, dtype, scale, atol):
 
 
 def test_blocks_beyond_the_last_position_change_no_bit():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.block_bits"],
-        cwd=ROOT,
-        env=as_users_have_it(),  # other optimisations would add up otherwise
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    said_by_a_program("tests.model.block_bits")  # other optimisations would add up otherwise
 
 
 def test_an_unknown_kernel_is_no_kernel():

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +14,14 @@ from opd_jax.keys import stream
 from opd_jax.model import forward, make_mesh, param_shardings
 from opd_jax.rollout import JaxEngine, Request, in_order, make_sampler, sample, stop_finder
 from opd_jax.rollout import jax_engine as module
-from tests.conftest import as_users_have_it
+from tests.conftest import said_by_a_program
 
 P, R, V = 5, 24, 40
-ROOT = Path(__file__).parent.parent.parent
 DRAWN = [f"{temperature},{top_p}" for temperature in (1.0, 0.7) for top_p in (1.0, 0.9)] + ["0.0,1.0"]
 
 
 def keystone(count, cases):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.rollout.keystone", str(count), *cases],
-        cwd=ROOT,
-        env=as_users_have_it(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(said_by_a_program("tests.rollout.keystone", count, *cases))
 
 
 def check_keystone(found):

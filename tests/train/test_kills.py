@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import TINY, as_users_have_it
+from tests.conftest import TINY, said_by_a_program
 
 KILLS = 100
 
@@ -15,15 +14,9 @@ KILLS = 100
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_end_in_the_uninterrupted_store(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.killed", str(tmp_path), str(KILLS), "0"],
-        env={**as_users_have_it(), "PYTHONPATH": os.pathsep.join(sys.path), "TINY": " ".join(TINY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TINY": " ".join(TINY)}
+    said = said_by_a_program("tests.train.killed", tmp_path, KILLS, 0, **environment)
+    told = json.loads(said.splitlines()[-1])
     print(told)
     assert told["kills"] >= KILLS
     assert told["same"] == told["laps"] > 0

@@ -1,9 +1,5 @@
 """The road with real servers: one draws, one scores, the run trains, and the new weights draw."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from opd_jax.lab import student, teacher
@@ -11,20 +7,14 @@ from opd_jax.settings import load_config
 from opd_jax.train.loop import export_student
 from opd_jax.train.metrics import read_lines
 from opd_jax.train.opening import open_run
-from tests.conftest import as_users_have_it
+from tests.conftest import said_by_a_program
 from tests.rollout.vllm_server import vllm_server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
-ROOT = Path(__file__).parent.parent.parent
 
 
 def opd(*words):
-    command = [sys.executable, "-m", "opd_jax.cli", *map(str, words)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=as_users_have_it(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return said_by_a_program("opd_jax.cli", *words).strip()
 
 
 def test_two_rounds_by_servers(tmp_path):
