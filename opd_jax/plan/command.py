@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
-
 from opd_jax.config import Config
 from opd_jax.errors import InputError
 from opd_jax.model import Qwen3Config, preset
@@ -42,8 +40,6 @@ def plan(config: Config, student: str, teacher: str, topology: str) -> tuple[lis
     """
     check_choices(config)
     devices = devices_of(topology)
-    if topology != "local":  # what was compiled for devices that are not here cannot be loaded again
-        jax.config.update("jax_enable_compilation_cache", False)
     mesh = mesh_of(config, devices)
     models = model_of(student, "--model"), model_of(teacher, "--teacher")
     kernel = kernel_of(models[0], config, mesh)
