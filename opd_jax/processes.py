@@ -108,8 +108,8 @@ def _told(asked: bool) -> tuple[int, int]:
     for name in (PLACE, NUMBER):
         if name not in told:
             raise InputError(f"{ASKED} needs {name} beside it: it is not set; set it")
-    place = re.fullmatch(r"[^\s/:]+:(\d{1,5})|\[[0-9a-fA-F:]+\]:(\d{1,5})", told[PLACE])
-    if not place or not 0 < int(place[1] or place[2]) < 2**16:
+    place = re.fullmatch(r"(?:[^\s/:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", told[PLACE])
+    if not place or not 0 < int(place[1]) < 2**16:
         raise InputError(f"{PLACE} must be host:port of the first process: got {told[PLACE]!r}; correct it")
     return count, _whole(NUMBER, 0, count - 1)
 
